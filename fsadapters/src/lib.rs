@@ -1,0 +1,8 @@
+//! Files as pagefold sees them.
+//!
+//! [`source`] is the one narrow seam between analysis and a file system; the `os` module answers it from the kernel, the
+//! simulation from memory, and a fault injector wraps either. `scan` walks roots through it and fills the engine's
+//! share map.
+#![forbid(unsafe_code)]
+
+pub mod source;
