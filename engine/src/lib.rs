@@ -10,6 +10,7 @@
 //! races are values, not errors.
 #![forbid(unsafe_code)]
 
+pub mod host;
 pub mod identity;
 pub mod layout;
 pub mod units;
