@@ -10,7 +10,11 @@
 //! races are values, not errors.
 #![forbid(unsafe_code)]
 
+pub mod content;
 pub mod host;
 pub mod identity;
 pub mod layout;
+pub mod savings;
+pub mod share_map;
+mod sweep;
 pub mod units;

@@ -94,10 +94,10 @@ impl PageIndex {
 }
 
 impl PageCount {
-    /// These pages in bytes.
+    /// These pages in bytes; `u64::MAX` where that is more (sums of huge sparse files).
     #[must_use]
     pub const fn bytes(self, page: PageSize) -> u64 {
-        self.0 << page.shift()
+        self.0.saturating_mul(page.bytes())
     }
 }
 
