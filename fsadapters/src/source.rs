@@ -58,6 +58,10 @@ pub struct FsDescription {
     /// Identity across mounts and subvolumes; where the file system has no UUID, made from `st_dev` (then it is
     /// unique on the running host only).
     pub uuid: [u8; 16],
+    /// Tells two mounted file systems with one UUID apart (an XFS on an LVM snapshot, mounted with `nouuid`): `st_dev`
+    /// where a file system has just one; 0 on btrfs, where every subvolume has its own and the kernel admits no two
+    /// file systems of one UUID; on overlayfs that of the file system underneath.
+    pub instance: u64,
     /// Whether physical addresses of its extent maps may serve as identity. False without FIEMAP.
     pub physical_identity: bool,
     /// Why not, in words, when `physical_identity` is false.
