@@ -1,1 +1,7 @@
-//! stub
+//! Everything that judges pagefold: a simulated kernel, a reference model, checkers, conformance cases, fixtures.
+//!
+//! Invariant: nothing outside tests, benches and the `farm` and demo commands depends on this crate, and the engine
+//! cannot tell the simulation from a kernel.
+#![forbid(unsafe_code)]
+
+pub mod sim;
