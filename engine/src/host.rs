@@ -77,8 +77,8 @@ pub struct Digest(pub [u8; 16]);
 pub struct Private(pub u64);
 
 /// What a protection was when it was set up. A write, pin, truncation, replacement or lapse of protection of any page
-/// of the span since then makes the host refuse the stamp with a `Raced` outcome (P-004). Never used twice for different
-/// protections of the same page.
+/// of the span since then makes the host refuse the stamp with a `Raced` outcome (P-004). The engine may show it for a part
+/// of the span it was given for; then only that part counts. Never used twice for different protections of one page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Stamp(pub u64);
 
@@ -121,9 +121,14 @@ pub enum Shown {
         /// Sites that show each of them *now*, counted at every level at which one entry stands for many users
         /// (H-001, H-030). The same for all pages of the run.
         mappings: u64,
+        /// The sites' private state (W-012: by site, never by shared page).
+        private: Private,
     },
-    /// The shared zero page, put there by [`MergeHost::share`] with [`ShareTarget::Zero`].
-    SharedZero,
+    /// The shared zero page, put there by [`MergeHost::share`] with [`ShareTarget::Zero`], or a fork of such a site.
+    SharedZero {
+        /// The sites' private state.
+        private: Private,
+    },
     /// A page the engine may never touch: device or raw memory (K-075), metadata (W-025), huge and not to be split.
     Unsuitable,
 }
@@ -351,7 +356,9 @@ pub type Invalidate<'a> = &'a mut dyn FnMut(Span);
 ///
 /// Every span a call names lies in one mapping that is registered with the engine, is not empty, and no two calls
 /// run at once (`&mut self`). The engine hands every span it protected either to [`Self::share`] with outcome `Shared`
-/// and later [`Self::unprotect`], or directly to [`Self::unprotect`]: after the last one all gauges are zero.
+/// and later [`Self::unprotect`], or directly to [`Self::unprotect`], in parts or whole, in any order; after the last
+/// one all gauges are zero. Pages of an exiting mapping lose their protection with it, without a call. A site that stopped
+/// showing a shared page by itself (the kernel copied for a store) gets its `unprotect` when the engine meets it.
 pub trait MergeHost {
     /// Page size of the host.
     fn page_size(&self) -> PageSize;
