@@ -5,4 +5,7 @@
 //! share map.
 #![forbid(unsafe_code)]
 
+pub mod fsid;
+pub mod mountinfo;
+pub mod overlay;
 pub mod source;

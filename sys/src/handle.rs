@@ -1,11 +1,11 @@
 //! File handles (`name_to_handle_at`): names of inodes that survive the path.
 //!
-//! Invariant: with `AT_HANDLE_FID` (Linux 6.5) the handle identifies and can't be opened, so any user may ask. What it
-//! deliberately does not do: open by handle.
+//! Invariant: handles are asked for with `AT_HANDLE_FID` (Linux 6.5), so any user may ask; opening one needs a capability. What it
+//! deliberately does not do: interpret handles.
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use crate::retry;
 
@@ -60,4 +60,30 @@ pub fn name_to_handle(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<FileHandle
     })?;
     let length = (handle.handle_bytes as usize).min(HANDLE_BYTES_MAX);
     Ok(FileHandle { kind: handle.handle_type, bytes: handle.bytes[..length].to_vec(), mount })
+}
+
+/// Opens the inode that `handle` names in the file system of `mount` (any directory or file of it).
+///
+/// # Errors
+/// `EPERM` without `CAP_DAC_READ_SEARCH`, `ESTALE` when the inode is gone, and as `open(2)`.
+pub fn open_by_handle(
+    mount: BorrowedFd<'_>,
+    kind: i32,
+    bytes: &[u8],
+    flags: rustix::fs::OFlags,
+) -> io::Result<OwnedFd> {
+    if bytes.len() > HANDLE_BYTES_MAX {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let mut handle =
+        RawHandle { handle_bytes: bytes.len() as u32, handle_type: kind, bytes: [0; HANDLE_BYTES_MAX] };
+    handle.bytes[..bytes.len()].copy_from_slice(bytes);
+    let pointer: *const RawHandle = &handle;
+    let flags = (flags | rustix::fs::OFlags::CLOEXEC).bits();
+    let fd = retry(|| {
+        // SAFETY: `handle` is a live header with `handle_bytes` bytes behind it, which is all that the kernel reads.
+        unsafe { libc::syscall(libc::SYS_open_by_handle_at, mount.as_raw_fd(), pointer, flags) }
+    })?;
+    // SAFETY: the call has just returned this descriptor; nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
