@@ -4,4 +4,6 @@
 //! cannot tell the simulation from a kernel.
 #![forbid(unsafe_code)]
 
+pub mod fault;
+pub mod rig;
 pub mod sim;

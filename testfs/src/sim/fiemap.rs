@@ -1,0 +1,90 @@
+//! The extent map of a file as its flavour's FIEMAP answers it.
+//!
+//! Up to EOF, in file order, lengths in whole blocks. What it deliberately does not do: look at the cache on XFS. A
+//! map there shows what is on disk, or was.
+
+use std::io;
+
+use pagefold_engine::layout::{ExtentFlags, RawExtent};
+use rustix::io::Errno;
+
+use super::node::{FileBody, Mapped, NodeId};
+use super::rng::mix;
+use super::world::{Fs, World};
+
+impl World {
+    /// FIEMAP without `FIEMAP_FLAG_SYNC`.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where there is none, `ENOENT`, `EINVAL`.
+    pub fn extent_map(&self, id: NodeId, out: &mut Vec<RawExtent>) -> io::Result<()> {
+        out.clear();
+        let (fs, file) = self.file(id)?;
+        if !fs.habits.fiemap {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        let block = fs.habits.block_bytes;
+        if let Some(inline) = &file.inline {
+            let flags = ExtentFlags::DATA_INLINE | ExtentFlags::NOT_ALIGNED;
+            let length = (inline.len() as u64).next_multiple_of(block);
+            out.push(RawExtent { logical: 0, physical: 0, length, flags });
+        }
+        for (index, mapped) in file.blocks.range(..file.size.div_ceil(block)) {
+            let one = self.one_block(fs, file, *index, *mapped);
+            match out.last_mut() {
+                Some(last) if joins(last, &one) && !cut_here(*index) => last.length += block,
+                _ => out.push(one),
+            }
+        }
+        if let Some(last) = out.last_mut() {
+            last.flags |= ExtentFlags::LAST;
+        }
+        if self.bugs.encoded_looks_plain {
+            out.iter_mut().for_each(|e| e.flags.remove(ExtentFlags::ENCODED));
+        }
+        Ok(())
+    }
+
+    fn one_block(&self, fs: &Fs, file: &FileBody, index: u64, mapped: Mapped) -> RawExtent {
+        let block = fs.habits.block_bytes;
+        let device = fs.device_ref(file.realtime);
+        let shared = |refs: u32| if refs > 1 { ExtentFlags::SHARED } else { ExtentFlags::empty() };
+        let unallocated = (0, ExtentFlags::DELALLOC | ExtentFlags::UNKNOWN);
+        let (physical, flags) = match mapped {
+            Mapped::Data(b) => (b.0 * block, shared(device.refs(b))),
+            Mapped::Unwritten(b) => {
+                let dirty = fs.habits.delalloc_over_unwritten && self.block_is_dirty(file, index, block);
+                if dirty {
+                    unallocated
+                } else {
+                    (b.0 * block, ExtentFlags::UNWRITTEN | shared(device.refs(b)))
+                }
+            }
+            Mapped::Delalloc => unallocated,
+            // The address is that of the whole compressed extent, whichever slice this is.
+            Mapped::Encoded { id, slice } => (
+                device.encoded_home(id).0 * block,
+                ExtentFlags::ENCODED | shared(device.slice_refs(id, slice)),
+            ),
+        };
+        RawExtent { logical: index * block, physical, length: block, flags }
+    }
+
+    fn block_is_dirty(&self, file: &FileBody, index: u64, block: u64) -> bool {
+        let per_page = self.page.bytes() / block;
+        let bit = 1 << (index % per_page);
+        file.cache.get(&(index / per_page)).is_some_and(|p| (p.dirty | p.writeback) & bit != 0)
+    }
+}
+
+fn joins(last: &RawExtent, next: &RawExtent) -> bool {
+    let follows = last.logical + last.length == next.logical && last.flags == next.flags;
+    let addressed = !next.flags.intersects(ExtentFlags::UNKNOWN | ExtentFlags::ENCODED);
+    let place = if addressed { last.physical + last.length } else { last.physical };
+    follows && place == next.physical
+}
+
+/// Now and then one extent is told as two: file systems split records, and nobody may mind.
+fn cut_here(index: u64) -> bool {
+    mix(index).is_multiple_of(11)
+}
