@@ -14,11 +14,14 @@ use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use crate::identity::Identity;
 use crate::layout::{Layout, Run};
-use crate::share_map::{Key, LayoutId, Mapping, ShareMap};
+use crate::share_map::{CachedRuns, Key, LayoutId, Mapping, ShareMap};
 use crate::units::{MappingId, PageCount, PageIndex, RootId, Span};
 
 /// BLAKE3 of a page's bytes as the cache shows them (zeros after EOF), first 128 bits.
 pub type PageHash = [u8; 16];
+
+/// A run of pages of a mapping known from the context.
+type PageRange = (PageIndex, PageCount);
 
 /// Pages to read through one mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,6 +143,34 @@ impl ShareMap {
             mappings,
             partial: self.partial.clone(),
         }
+    }
+
+    /// Splits page ranges of a mapping into what is cached and what is not; both ascending.
+    #[must_use]
+    pub fn split_by_cache(&self, id: MappingId, ranges: &[PageRange]) -> (Vec<PageRange>, Vec<PageRange>) {
+        let cached = match self.cached_runs(&self.mapping(id)) {
+            CachedRuns::None => return (Vec::new(), ranges.to_vec()),
+            CachedRuns::All => return (ranges.to_vec(), Vec::new()),
+            CachedRuns::Some(cached) => cached,
+        };
+        let (mut inside, mut outside) = (Vec::new(), Vec::new());
+        let push = |to: &mut Vec<PageRange>, from: u64, end: u64| {
+            if from < end {
+                to.push((PageIndex(from), PageCount(end - from)));
+            }
+        };
+        for (start, pages) in ranges {
+            let (mut at, end) = (start.0, start.0 + pages.0);
+            let first = cached.partition_point(|c| c.0.plus(c.1) <= *start);
+            for (from, pages) in cached[first..].iter().take_while(|c| c.0.0 < end) {
+                push(&mut outside, at, from.0);
+                let (from, to) = (from.0.max(at), (from.0 + pages.0).min(end));
+                push(&mut inside, from, to);
+                at = to;
+            }
+            push(&mut outside, at, end);
+        }
+        (inside, outside)
     }
 
     /// The root that owns `id`.

@@ -173,7 +173,9 @@ impl ShareMap {
             .collect()
     }
 
-    fn resident_duplicate_of(&self, group: &FileGroup) -> PageCount {
+    /// Cached copies beyond the first, page by page, of a group of [`Self::file_groups`].
+    #[must_use]
+    pub fn resident_duplicate_of(&self, group: &FileGroup) -> PageCount {
         let layout = self.layout(group.layout);
         // Depth of cached copies over the file's pages: +1 where a cached run begins, -1 where it ends.
         let mut steps: BTreeMap<u64, i64> = BTreeMap::new();
