@@ -5,5 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod fault;
+pub mod farm;
 pub mod rig;
 pub mod sim;
+pub mod truth;

@@ -22,6 +22,7 @@ mod base;
 mod tools;
 
 pub use base::{base_dir, sweep};
+pub(crate) use tools::{detach_loops_of, require_root};
 pub use tools::{KnownFs, RigError, fs_kind};
 
 /// Which file system a rig carries, and how it is made.
