@@ -4,6 +4,7 @@
 //! cannot tell the simulation from a kernel.
 #![forbid(unsafe_code)]
 
+pub mod conformance;
 pub mod fault;
 pub mod farm;
 pub mod rig;

@@ -13,7 +13,7 @@ use pagefold_engine::units::PageSize;
 use pagefold_fsadapters::source::{InodeId, SpecialKind};
 use rustix::io::Errno;
 
-use super::disk::Device;
+use super::disk::{BlockNo, Device};
 use super::flavour::{Flavour, Habits};
 use super::node::{Attributes, Body, CacheCounts, FileBody, FsIx, Node, NodeId};
 use super::rng::Rng;
@@ -47,6 +47,14 @@ impl Fs {
 #[derive(Clone, Debug)]
 struct Mount {
     root: NodeId,
+}
+
+impl Place {
+    /// The node.
+    #[must_use]
+    pub fn node(self) -> NodeId {
+        self.node
+    }
 }
 
 /// The simulated host.
@@ -302,6 +310,21 @@ impl World {
         self.add(path, Body::Dir(BTreeMap::new()))
     }
 
+    /// A subvolume: a directory with an `st_dev` of its own.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where there are none, `EEXIST`, or of the path.
+    pub fn mksubvolume(&mut self, path: &Path) -> io::Result<NodeId> {
+        let node = self.mkdir(path)?;
+        if !self.fses[self.node(node)?.fs.0].habits.snapshots {
+            self.unlink(path)?;
+            return err(Errno::OPNOTSUPP);
+        }
+        let dev = self.fresh_dev();
+        self.nodes.get_mut(&node).expect("just made").id.dev = dev;
+        Ok(node)
+    }
+
     /// A symbolic link.
     ///
     /// # Errors
@@ -428,6 +451,24 @@ impl World {
     /// `ENOENT`.
     pub fn flavour_of(&self, id: NodeId) -> io::Result<Flavour> {
         Ok(self.fses[self.node(id)?.fs.0].flavour)
+    }
+
+    /// `len` bytes at a physical byte address as they are now, for checkers: `None` where nothing is allocated.
+    #[must_use]
+    pub fn physical_bytes(&self, fs: FsIx, realtime: bool, address: u64, len: usize) -> Option<Vec<u8>> {
+        let host = &self.fses[fs.0];
+        let block = host.habits.block_bytes;
+        let device = host.device_ref(realtime);
+        let mut out = vec![0; len.next_multiple_of(block as usize)];
+        for (i, part) in out.chunks_mut(block as usize).enumerate() {
+            let number = BlockNo(address / block + i as u64);
+            if device.refs(number) == 0 {
+                return None;
+            }
+            device.read(number, part);
+        }
+        out.truncate(len);
+        Some(out)
     }
 
     // ---- attributes ----
