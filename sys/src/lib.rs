@@ -10,6 +10,7 @@ pub mod handle;
 pub mod identity;
 mod ioc;
 pub mod reflink;
+pub mod uring;
 
 use std::io;
 
