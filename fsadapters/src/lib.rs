@@ -8,4 +8,5 @@
 pub mod fsid;
 pub mod mountinfo;
 pub mod overlay;
+pub mod reader;
 pub mod source;
