@@ -7,6 +7,9 @@
 
 pub mod fsid;
 pub mod mountinfo;
+pub mod os;
 pub mod overlay;
 pub mod reader;
+pub mod residency;
+pub mod scan;
 pub mod source;

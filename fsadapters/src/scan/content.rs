@@ -128,7 +128,8 @@ impl<S: FileSource> Pass<'_, S> {
                 ReadOutcome::Failed { tag, error } => (tag, Err(error.to_string())),
             };
             let job = pending.lock().unwrap_or_else(PoisonError::into_inner).remove(&tag);
-            let Pending { mapping, ranges, shared_layout } = job.expect("an outcome is of a job given out, once");
+            let Pending { mapping, ranges, shared_layout } =
+                job.expect("an outcome is of a job given out, once");
             match result {
                 Ok(hashes) => {
                     let mut index = index.lock().unwrap_or_else(PoisonError::into_inner);
@@ -160,7 +161,9 @@ impl<S: FileSource> Pass<'_, S> {
         };
         let cached = bounded(cached).into_iter().map(|r| (r, true));
         let others = bounded(others).into_iter().map(|r| (r, false));
-        others.chain(cached).map(move |(ranges, resident)| (Pending { mapping, ranges, shared_layout }, resident))
+        others
+            .chain(cached)
+            .map(move |(ranges, resident)| (Pending { mapping, ranges, shared_layout }, resident))
     }
 
     fn job(&self, tag: u64, pending: &Pending, resident: bool) -> ReadJob {
@@ -210,13 +213,16 @@ mod tests {
 
     #[test]
     fn jobs_are_bounded_and_lose_nothing() {
-        let ranges = vec![(PageIndex(0), PageCount(5000)), (PageIndex(9000), PageCount(1)), (PageIndex(9005), PageCount(9000))];
+        let ranges = vec![
+            (PageIndex(0), PageCount(5000)),
+            (PageIndex(9000), PageCount(1)),
+            (PageIndex(9005), PageCount(9000)),
+        ];
         let jobs = bounded(ranges.clone());
         let sum = |r: &Ranges| r.iter().map(|x| x.1.0).sum::<u64>();
         assert!(jobs.iter().all(|j| sum(j) <= READ_JOB_PAGES_MAX && !j.is_empty()));
-        let pages = |all: &[Ranges]| -> Vec<u64> {
-            all.iter().flatten().flat_map(|(s, n)| s.0..s.0 + n.0).collect()
-        };
+        let pages =
+            |all: &[Ranges]| -> Vec<u64> { all.iter().flatten().flat_map(|(s, n)| s.0..s.0 + n.0).collect() };
         assert_eq!(pages(&jobs), pages(&[ranges]));
         assert_eq!(bounded(Vec::new()).len(), 0);
     }

@@ -162,7 +162,8 @@ impl Facts<'_> {
                 domains.push(root.domain.clone());
             }
         }
-        let bytes = |row: &Vec<pagefold_engine::units::PageCount>| row.iter().map(|p| p.bytes(self.page)).collect();
+        let bytes =
+            |row: &Vec<pagefold_engine::units::PageCount>| row.iter().map(|p| p.bytes(self.page)).collect();
         let top_directories = if self.config.top_directories {
             tops::top_directories(self.collected, self.map, self.config.top)
         } else {

@@ -46,10 +46,9 @@ fn first_member(collected: &Collected, map: &ShareMap, group: &FileGroup) -> Mem
 pub(crate) fn top_directories(collected: &Collected, map: &ShareMap, most: usize) -> Vec<TopDirectory> {
     let mut pages: FxHashMap<DirId, u64> = FxHashMap::default();
     for group in map.file_groups() {
-        let several_in_first = group.members.len() > 1
-            && map.root_of(group.members[0]) == map.root_of(group.members[1]);
-        let stays =
-            if several_in_first { first_member(collected, map, &group).2 } else { group.members[0] };
+        let several_in_first =
+            group.members.len() > 1 && map.root_of(group.members[0]) == map.root_of(group.members[1]);
+        let stays = if several_in_first { first_member(collected, map, &group).2 } else { group.members[0] };
         for member in group.members.iter().filter(|m| **m != stays) {
             *pages.entry(collected.file(*member).dir).or_default() += group.cache_each.0;
         }

@@ -85,4 +85,3 @@ fn name_order(files: &FileTable, dirs: &DirTable, at: u32) -> (RootId, PathBuf) 
     let file = &files.files[at as usize];
     (dirs.root_of(file.dir), dirs.relative(file.dir).join(files.name(file)))
 }
-

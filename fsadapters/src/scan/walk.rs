@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use dashmap::DashMap;
 use globset::GlobSet;
-use pagefold_engine::identity::{AddressSpace, DeviceClass, Undecided};
+use pagefold_engine::identity::{AddressSpace, Undecided};
 use pagefold_engine::layout::{CacheState, Layout, MapFacts};
 use pagefold_engine::share_map::LayoutId;
 use pagefold_engine::units::{FsId, PageSize, RootId};
@@ -186,7 +186,13 @@ impl<'a, S: FileSource> Worker<'a, S> {
     }
 
     /// Lists an opened directory, unless it is not to be entered.
-    fn enter(&mut self, opened: OpenedDir<S::Dir>, parent: Option<&Node<S::Dir>>, root: RootId, name: &OsStr) {
+    fn enter(
+        &mut self,
+        opened: OpenedDir<S::Dir>,
+        parent: Option<&Node<S::Dir>>,
+        root: RootId,
+        name: &OsStr,
+    ) {
         let shared = self.shared;
         if let Some(other) = shared.plan.root_inodes.get(&opened.inode)
             && (parent.is_some() || *other != root)
@@ -216,7 +222,10 @@ impl<'a, S: FileSource> Worker<'a, S> {
         }
         let id = {
             let mut dirs = shared.dirs.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            parent.map_or_else(|| dirs.add_root(root), |p| dirs.add(p.id, name))
+            match parent {
+                None => dirs.add_root(root),
+                Some(parent) => dirs.add(parent.id, name),
+            }
         };
         let root_fs = parent.map_or(fs.id, |p| p.root_fs);
         let node = Node { dir: opened.dir, id, fs, dev: opened.dev, root, root_fs };
@@ -357,7 +366,8 @@ impl<'a, S: FileSource> Worker<'a, S> {
         noted.push((node.root, node.fs.id));
         drop(noted);
         let why = description.why_not.as_deref().unwrap_or("its extent maps say nothing about identity");
-        let text = format!("{}: {why}; files here are undecided: use --content to read them", description.kind);
+        let text =
+            format!("{}: {why}; files here are undecided: use --content to read them", description.kind);
         let path = self.dir_path(node);
         self.notes.errors.add(path, text);
     }
@@ -404,8 +414,11 @@ fn judge(found: &Inspection, fs: &KnownFs, page: PageSize) -> Layout {
     if found.moved {
         return Layout::undecided(found.size, page, Undecided::Volatile);
     }
-    let class = found.class.unwrap_or(DeviceClass::Data);
-    let space = fs.description.physical_identity.then_some(AddressSpace { fs: fs.id, class });
+    // Without a known device an address means nothing.
+    let space = found
+        .class
+        .filter(|_| fs.description.physical_identity)
+        .map(|class| AddressSpace { fs: fs.id, class });
     let cache = match found.dirty_pages {
         Some(0) => CacheState::Clean,
         Some(_) => CacheState::Dirty,

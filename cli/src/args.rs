@@ -1,0 +1,30 @@
+//! Arguments as typed. What they mean is resolved elsewhere (`*_args`).
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::scan_args::ScanArgs;
+
+/// Find page-cache pages that are the same and make them one again.
+#[derive(Debug, Parser)]
+#[command(name = "pagefold", version, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Tell how much page cache directory trees waste on equal pages, and what merging would give back.
+    Scan(ScanArgs),
+}
+
+/// How a report is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    Table,
+    /// For programs: a named, versioned schema.
+    Json,
+}

@@ -1,0 +1,79 @@
+//! Numbers for people: binary units with three digits, thousands separated, durations.
+
+/// `1536` -> `1.50 KiB`.
+pub fn bytes(n: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if n < 1024 {
+        return format!("{n} B");
+    }
+    let mut unit = (63 - n.leading_zeros()) as usize / 10;
+    let mut value = n as f64 / (1u64 << (10 * unit)) as f64;
+    // What rounds to 1024 belongs to the next unit.
+    if value >= 1023.5 && unit + 1 < UNITS.len() {
+        unit += 1;
+        value /= 1024.0;
+    }
+    let digits = if value < 9.995 { 2 } else { usize::from(value < 99.95) };
+    format!("{value:.digits$} {}", UNITS[unit])
+}
+
+/// `1234567` -> `1,234,567`.
+pub fn count(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// `part` of `whole` in percent; `-` where there is nothing to be part of.
+pub fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 { "-".to_owned() } else { format!("{:.1} %", part as f64 * 100.0 / whole as f64) }
+}
+
+/// `75.3` -> `1 min 15 s`.
+pub fn seconds(s: f64) -> String {
+    if s < 10.0 {
+        return format!("{s:.1} s");
+    }
+    let whole = s.round() as u64;
+    match (whole / 3600, whole / 60 % 60, whole % 60) {
+        (0, 0, s) => format!("{s} s"),
+        (0, m, s) => format!("{m} min {s} s"),
+        (h, m, _) => format!("{h} h {m} min"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_have_three_digits() {
+        let cases = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1536, "1.50 KiB"),
+            (10 << 20, "10.0 MiB"),
+            (1023 << 10, "1023 KiB"),
+            ((1 << 20) - 1, "1.00 MiB"),
+            (u64::MAX, "16.0 EiB"),
+        ];
+        for (n, want) in cases {
+            assert_eq!(bytes(n), want);
+        }
+    }
+
+    #[test]
+    fn counts_and_times() {
+        assert_eq!(count(1_234_567), "1,234,567");
+        assert_eq!(count(12), "12");
+        assert_eq!(seconds(75.3), "1 min 15 s");
+        assert_eq!(seconds(7300.0), "2 h 1 min");
+        assert_eq!(percent(1, 0), "-");
+    }
+}

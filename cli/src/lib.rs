@@ -1,0 +1,114 @@
+//! The command line of pagefold: raw arguments -> resolved configuration -> `run`.
+//!
+//! What it deliberately does not hold: logic that a user of the libraries would miss.
+#![forbid(unsafe_code)]
+
+mod args;
+mod exit;
+mod human;
+mod interrupt;
+mod progress_bar;
+mod scan_args;
+mod scan_table;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use pagefold_fsadapters::os::Os;
+use pagefold_fsadapters::scan::{Progress, ScanReport, scan};
+
+use args::{Cli, Command, Format};
+pub use exit::Exit;
+
+/// Parses `args` (the program's name first), runs the command and returns its exit code. Reports go to stdout, messages
+/// to stderr.
+#[must_use]
+pub fn run_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // --help and --version come this way too, and are no error.
+            let exit = if error.use_stderr() { Exit::Error } else { Exit::Done };
+            let _ = error.print();
+            return exit.into();
+        }
+    };
+    start_logging();
+    match run(cli) {
+        Ok(exit) => exit.into(),
+        Err(error) if is_broken_pipe(&error) => Exit::Done.into(),
+        Err(error) => {
+            eprintln!("pagefold: {error:#}");
+            Exit::Error.into()
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<Exit> {
+    match cli.command {
+        Command::Scan(args) => run_scan(&args),
+    }
+}
+
+fn run_scan(args: &scan_args::ScanArgs) -> anyhow::Result<Exit> {
+    let config = args.resolve()?;
+    raise_open_files();
+    let progress = Progress::default();
+    let report = std::thread::scope(|scope| {
+        let progress = &progress;
+        let _interrupt = interrupt::on_interrupt(scope, move || progress.cancel());
+        let _bar = progress_bar::show(scope, progress);
+        scan(&Os::new(), &config, progress)
+    });
+    write_report(&report, args.format)?;
+    Ok(exit_of(&report))
+}
+
+fn write_report(report: &ScanReport, format: Format) -> anyhow::Result<()> {
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    match format {
+        Format::Json => {
+            serde_json::to_writer_pretty(&mut out, report)?;
+            writeln!(out)?;
+        }
+        Format::Table => out.write_all(scan_table::render(report).as_bytes())?,
+    }
+    out.flush()?;
+    Ok(())
+}
+
+/// 2 when no root could be scanned at all; 1 when something is missing from the figures.
+fn exit_of(report: &ScanReport) -> Exit {
+    if report.roots.is_empty()
+        || report.roots.iter().all(|r| report.errors.iter().any(|e| e.path == r.path && r.sizes.files == 0))
+    {
+        return Exit::Error;
+    }
+    if report.partial || !report.errors.is_empty() { Exit::Partial } else { Exit::Done }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+            || cause
+                .downcast_ref::<serde_json::Error>()
+                .is_some_and(|e| e.io_error_kind() == Some(io::ErrorKind::BrokenPipe))
+    })
+}
+
+/// `PAGEFOLD_LOG=debug` and the like; silent otherwise.
+fn start_logging() {
+    if let Ok(filter) = tracing_subscriber::EnvFilter::try_from_env("PAGEFOLD_LOG") {
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).try_init();
+    }
+}
+
+/// A walk holds a descriptor per open directory: takes what the hard limit allows. Failing is no harm: the walk then
+/// names what it could not open.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}

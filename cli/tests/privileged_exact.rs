@@ -1,0 +1,237 @@
+//! Exactness: on farms with recorded drift, on real file systems, every figure of `pagefold scan --format json`
+//! equals the ground truth that `pagefold_testfs::truth` computes from the manifest, from the bytes and from `mincore`.
+//!
+//! Nothing is compared with a tolerance. Each test makes its own loopback file system; without root they fail.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::AtomicBool;
+
+use pagefold_testfs::farm::{self, FarmFs, FarmSpec, ImageSpec, Manifest, SyntheticSpec};
+use pagefold_testfs::rig::{LoopRig, RigFs};
+use pagefold_testfs::truth::{Expected, Figures, Truth};
+use rustix::fs::Advice;
+use serde_json::Value;
+
+const PAGE: u64 = 4096;
+
+/// A farm on a file system of its own, nothing cached, and the two truths about it.
+struct Case {
+    // Before the rig: nothing may be open when that goes.
+    manifest: Manifest,
+    by_provenance: Truth,
+    by_bytes: Truth,
+    dir: PathBuf,
+    _rig: LoopRig,
+}
+
+fn case(fs: RigFs, snapshots: bool, seed: u64) -> Case {
+    let mut rig = LoopRig::new(fs).unwrap_or_else(|e| panic!("this test needs root and loop devices: {e}"));
+    let dir = rig.path().join("farm");
+    let spec = FarmSpec {
+        image: ImageSpec::Synthetic(SyntheticSpec { files: 250, max_bytes: 256 << 10 }),
+        roots: 4,
+        drift_percent: 20.0,
+        seed,
+        fs: if fs.kind() == "xfs" { FarmFs::Xfs } else { FarmFs::Btrfs },
+        snapshots,
+        ..FarmSpec::new(&dir)
+    };
+    let manifest =
+        farm::create(&spec, &|_| (), &AtomicBool::new(false)).unwrap_or_else(|e| panic!("farm: {e}"));
+    let by_provenance = Truth::by_provenance(&dir, &manifest).expect("a synced synthetic farm is derivable");
+    let by_bytes = Truth::by_bytes(&dir, &manifest).expect("readable");
+    rig.remount().expect("nothing is open");
+    Case { manifest, by_provenance, by_bytes, dir, _rig: rig }
+}
+
+impl Case {
+    /// Brings a seeded part of the farm into the cache: whole files, and single pages of others.
+    fn read_some(&self, seed: u64) {
+        let mut state = seed;
+        let mut draw = |bound: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % bound.max(1)
+        };
+        for (root, file) in self.by_bytes.roots.iter().flat_map(|r| r.files.iter().map(move |f| (r, f))) {
+            let path = root.path.join(&file.names[0]);
+            match draw(6) {
+                0 | 1 => drop(std::fs::read(&path).expect("readable")),
+                2 => {
+                    let open = std::fs::File::open(&path).expect("readable");
+                    // Without read-ahead only what is asked for comes in, so that files are cached in part.
+                    rustix::fs::fadvise(open.as_fd(), 0, None, Advice::Random).expect("advice");
+                    for _ in 0..3 {
+                        let mut byte = [0u8; 1];
+                        let _ = rustix::io::pread(&open, &mut byte, draw(file.size)).expect("readable");
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn roots(&self) -> Vec<PathBuf> {
+        (0..self.manifest.roots.len()).map(|i| self.manifest.root_path(&self.dir, i)).collect()
+    }
+
+    /// Both scans equal both truths, and leave the cache as it was.
+    fn check(&mut self, what: &str) {
+        let roots = self.roots();
+        self.by_provenance.look_at_cache().expect("readable");
+        let before = self.by_provenance.clone();
+        compare(&scan(&roots, &[]), &roots, &self.by_provenance.expected(), &format!("{what}, extents"));
+        self.by_provenance.look_at_cache().expect("readable");
+        assert!(self.by_provenance == before, "{what}: scanning extents changed what is cached");
+        assert_eq!(
+            self.by_provenance.expected().totals.resident_bytes,
+            fincore_pages(&self.by_provenance) * PAGE,
+            "{what}: mincore and fincore disagree"
+        );
+
+        self.by_bytes.look_at_cache().expect("readable");
+        let expected = self.by_bytes.expected();
+        compare(&scan(&roots, &["--content"]), &roots, &expected, &format!("{what}, content"));
+        self.by_bytes.look_at_cache().expect("readable");
+        let (now, then) = (self.by_bytes.expected().totals.resident_bytes, expected.totals.resident_bytes);
+        let allowed = (expected.totals.cache_bytes - then) / 50;
+        assert!(now <= then + allowed, "{what}: reading brought {} bytes into the cache", now - then);
+    }
+}
+
+fn scan(roots: &[PathBuf], extra: &[&str]) -> Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_pagefold"))
+        .args(["scan", "--format", "json", "--matrix"])
+        .args(extra)
+        .args(roots)
+        .output()
+        .expect("the binary runs");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{:?}: {stderr}", output.status);
+    assert!(stderr.is_empty(), "silent when piped: {stderr}");
+    serde_json::from_slice(&output.stdout).expect("JSON on stdout")
+}
+
+/// Compares every figure and names all that differ.
+fn compare(report: &Value, roots: &[PathBuf], expected: &Expected, what: &str) {
+    let mut wrong = Vec::new();
+    let mut check = |place: String, found: &Value, wanted: Value| {
+        if *found != wanted {
+            wrong.push(format!("{place}: scan says {found}, truth is {wanted}"));
+        }
+    };
+    let mut fields = |place: &str, found: &Value, wanted: &Figures| {
+        let wanted = serde_json::to_value(wanted).expect("figures are plain numbers");
+        for (name, value) in wanted.as_object().expect("a struct is an object") {
+            check(format!("{place}.{name}"), &found[name], value.clone());
+        }
+    };
+    fields("totals", &report["totals"], &expected.totals);
+    for (index, (figures, _)) in expected.roots.iter().enumerate() {
+        fields(&format!("roots[{index}]"), &report["roots"][index], figures);
+    }
+    for (index, (_, shared)) in expected.roots.iter().enumerate() {
+        let found = &report["roots"][index];
+        check(
+            format!("roots[{index}].shared_with_others_bytes"),
+            &found["shared_with_others_bytes"],
+            (*shared).into(),
+        );
+        check(format!("roots[{index}].path"), &found["path"], roots[index].to_str().into());
+    }
+    check("matrix".into(), &report["matrix"], serde_json::json!(expected.matrix));
+    check("schema".into(), &report["schema"], "pagefold.scan/1".into());
+    check("page_size".into(), &report["page_size"], PAGE.into());
+    check("partial".into(), &report["partial"], false.into());
+    check("errors".into(), &report["errors"], serde_json::json!([]));
+    check(
+        "number of roots".into(),
+        &report["roots"].as_array().map_or(0, Vec::len).into(),
+        expected.roots.len().into(),
+    );
+    assert!(wrong.is_empty(), "{what}: {} figures differ:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// Cached pages of all files as fincore(1) counts them.
+fn fincore_pages(truth: &Truth) -> u64 {
+    let mut pages = 0;
+    for root in &truth.roots {
+        let names = root.files.iter().filter(|f| f.size > 0).map(|f| root.path.join(&f.names[0]));
+        let output = Command::new("fincore")
+            .args(["--raw", "--noheadings", "--output", "PAGES"])
+            .args(names)
+            .output()
+            .unwrap_or_else(|e| {
+                panic!("this test needs fincore (package util-linux-extra or util-linux): {e}")
+            });
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).expect("numbers");
+        pages += text.lines().map(|l| l.trim().parse::<u64>().expect("a number")).sum::<u64>();
+    }
+    pages
+}
+
+fn exact(fs: RigFs, snapshots: bool, seed: u64) {
+    let mut case = case(fs, snapshots, seed);
+    let what = format!("{fs:?}, snapshots {snapshots}, seed {seed}");
+    case.check(&format!("{what}, cold"));
+    case.read_some(seed);
+    case.check(&format!("{what}, partly cached"));
+    let totals = case.by_provenance.expected().totals;
+    assert!(totals.resident_duplicate_bytes > 0 && totals.resident_bytes < totals.cache_bytes);
+}
+
+#[test]
+fn privileged_exact_on_xfs() {
+    exact(RigFs::Xfs, false, 11);
+}
+
+#[test]
+fn privileged_exact_on_btrfs() {
+    exact(RigFs::Btrfs, false, 12);
+}
+
+#[test]
+fn privileged_exact_on_compressed_btrfs() {
+    exact(RigFs::BtrfsZstd, false, 13);
+}
+
+#[test]
+fn privileged_exact_on_btrfs_snapshots() {
+    exact(RigFs::Btrfs, true, 14);
+}
+
+#[test]
+fn privileged_exact_on_compressed_btrfs_snapshots() {
+    exact(RigFs::BtrfsZstd, true, 15);
+}
+
+#[test]
+fn privileged_exact_within_domains() {
+    let mut case = case(RigFs::Xfs, false, 16);
+    case.read_some(16);
+    let roots = case.roots();
+    let one = |path: &Path| format!("other={}", path.display());
+    let (first, third) = (one(&roots[0]), one(&roots[2]));
+    for truth in [&mut case.by_provenance, &mut case.by_bytes] {
+        truth.look_at_cache().expect("readable");
+        truth.roots[0].domain = 1;
+        truth.roots[2].domain = 1;
+    }
+    let domains = ["--domain", &first, "--domain", &third];
+    compare(&scan(&roots, &domains), &roots, &case.by_provenance.expected(), "domains, extents");
+    let with_content = [&domains[..], &["--content"]].concat();
+    compare(&scan(&roots, &with_content), &roots, &case.by_bytes.expected(), "domains, content");
+}
+
+#[test]
+fn privileged_exact_for_some_roots_in_another_order() {
+    let mut case = case(RigFs::Btrfs, false, 17);
+    case.by_provenance.roots.truncate(3);
+    case.by_provenance.roots.reverse();
+    let roots: Vec<PathBuf> = case.by_provenance.roots.iter().map(|r| r.path.clone()).collect();
+    compare(&scan(&roots, &[]), &roots, &case.by_provenance.expected(), "three roots backwards");
+    case.by_provenance.roots.truncate(1);
+    compare(&scan(&roots[..1], &[]), &roots[..1], &case.by_provenance.expected(), "one root");
+}

@@ -1,0 +1,298 @@
+//! [`FileSource`] answered by the kernel.
+//!
+//! Invariant: nothing looked at is modified. Files are opened read-only with `O_NOATIME` where the kernel allows it
+//! (mapping a file for `mincore` would touch its atime), never followed through symbolic links, never waited for
+//! (`O_NONBLOCK`), and what turns out to be no regular file is let go at once. What it deliberately does not do:
+//! `FIEMAP_FLAG_SYNC` - a scan does not cause writes.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use pagefold_engine::layout::{ExtentFlags, RawExtent};
+use pagefold_engine::units::PageSize;
+use pagefold_sys::cache::{self, CacheStat};
+use pagefold_sys::fiemap::{ExtentReader, FiemapError, Sync as MapSync};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Stat};
+use rustix::io::Errno;
+
+use crate::fsid::{self, FsFacts};
+use crate::overlay::RealFile;
+use crate::residency;
+use crate::source::{
+    EntryKind, FileSource, FsDescription, FsError, FsOp, InodeId, Inspection, OpenedDir, ReadJob,
+    ReadOptions, ReadOutcome, Residency, SpecialKind,
+};
+
+/// The running kernel's file systems.
+#[derive(Debug)]
+pub struct Os {
+    page: PageSize,
+}
+
+/// An open directory and its file system.
+#[derive(Debug)]
+pub struct OsDir {
+    fd: OwnedFd,
+    dev: u64,
+    facts: Arc<FsFacts>,
+}
+
+impl Default for Os {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Os {
+    /// The kernel as it is.
+    ///
+    /// # Panics
+    /// When the kernel's page size is no power of two (there is no such kernel).
+    #[must_use]
+    pub fn new() -> Self {
+        let page = PageSize::new(rustix::param::page_size() as u64)
+            .expect("the kernel's page size is a power of two");
+        Os { page }
+    }
+}
+
+const DIR_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+const FILE_FLAGS: OFlags = OFlags::RDONLY
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::NONBLOCK)
+    .union(OFlags::NOCTTY)
+    .union(OFlags::CLOEXEC);
+
+thread_local! {
+    /// The extent map buffer, reused for all files of a thread.
+    static EXTENTS: RefCell<ExtentReader> = RefCell::new(ExtentReader::new());
+}
+
+fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            other => return other,
+        }
+    }
+}
+
+/// Tries with `O_NOATIME`, which only the owner or `CAP_FOWNER` may use.
+fn open_quietly(open: impl Fn(OFlags) -> Result<OwnedFd, Errno>, flags: OFlags) -> Result<OwnedFd, Errno> {
+    match retry(|| open(flags | OFlags::NOATIME)) {
+        Err(Errno::PERM) => retry(|| open(flags)),
+        other => other,
+    }
+}
+
+fn opened(fd: OwnedFd, parent: Option<&OsDir>, op: FsOp) -> Result<OpenedDir<OsDir>, FsError> {
+    let stat = retry(|| rustix::fs::fstat(&fd)).map_err(|e| FsError::new(op, e))?;
+    let dev = stat.st_dev;
+    let facts = match parent.filter(|p| p.dev == dev) {
+        Some(parent) => Arc::clone(&parent.facts),
+        None => Arc::new(fsid::describe(fd.as_fd())?),
+    };
+    let inode = InodeId { dev, ino: stat.st_ino };
+    Ok(OpenedDir { dir: OsDir { fd, dev, facts }, inode, dev, mount: None })
+}
+
+impl FileSource for Os {
+    type Dir = OsDir;
+
+    fn page_size(&self) -> PageSize {
+        self.page
+    }
+
+    fn open_root(&self, path: &Path) -> Result<OpenedDir<OsDir>, FsError> {
+        let open = |flags| rustix::fs::open(path, flags, Mode::empty());
+        let fd = open_quietly(open, DIR_FLAGS).map_err(|e| FsError::new(FsOp::OpenRoot, e))?;
+        opened(fd, None, FsOp::OpenRoot)
+    }
+
+    fn open_dir(&self, parent: &OsDir, name: &OsStr) -> Result<OpenedDir<OsDir>, FsError> {
+        let open = |flags| rustix::fs::openat(&parent.fd, name, flags, Mode::empty());
+        let fd =
+            open_quietly(open, DIR_FLAGS | OFlags::NOFOLLOW).map_err(|e| FsError::new(FsOp::OpenDir, e))?;
+        opened(fd, Some(parent), FsOp::OpenDir)
+    }
+
+    fn read_dir(&self, dir: &OsDir, entry: &mut dyn FnMut(&OsStr, EntryKind)) -> Result<(), FsError> {
+        use std::os::unix::ffi::OsStrExt;
+        let mut buffer = [MaybeUninit::uninit(); 32 << 10];
+        let mut entries = RawDir::new(&dir.fd, &mut buffer);
+        while let Some(next) = entries.next() {
+            let next = match next {
+                Err(Errno::INTR) => continue,
+                other => other.map_err(|e| FsError::new(FsOp::ReadDir, e))?,
+            };
+            let name = next.file_name().to_bytes();
+            if name != b"." && name != b".." {
+                entry(OsStr::from_bytes(name), kind(next.file_type()));
+            }
+        }
+        Ok(())
+    }
+
+    fn kind_of(&self, dir: &OsDir, name: &OsStr) -> Result<EntryKind, FsError> {
+        let stat = retry(|| rustix::fs::statat(&dir.fd, name, AtFlags::SYMLINK_NOFOLLOW))
+            .map_err(|e| FsError::new(FsOp::Stat, e))?;
+        Ok(kind(FileType::from_raw_mode(stat.st_mode)))
+    }
+
+    fn describe(&self, dir: &OsDir) -> Result<FsDescription, FsError> {
+        Ok(dir.facts.description.clone())
+    }
+
+    fn inspect(
+        &self,
+        dir: &OsDir,
+        name: &OsStr,
+        _fs: &FsDescription,
+        found: &mut Inspection,
+    ) -> Result<(), FsError> {
+        found.extents.clear();
+        let open = |flags| rustix::fs::openat(&dir.fd, name, flags, Mode::empty());
+        let fd = open_quietly(open, FILE_FLAGS).map_err(|e| match e {
+            // A symbolic link or a socket now: no regular file any more.
+            Errno::LOOP | Errno::NXIO => FsError::new(FsOp::Open, Errno::INVAL),
+            e => FsError::new(FsOp::Open, e),
+        })?;
+        match &dir.facts.overlay {
+            None => self.look(fd.as_fd(), &dir.facts, found),
+            Some(overlay) => {
+                let real = overlay.real_file(fd.as_fd()).map_err(|e| FsError::new(FsOp::Stat, e))?;
+                match real {
+                    RealFile::Open(real) => {
+                        let below = overlay.layers().unwrap_or(&dir.facts);
+                        self.look(real.as_fd(), below, found)
+                    }
+                    RealFile::Named(inode) => self.look_through(fd.as_fd(), inode, found),
+                }
+            }
+        }
+    }
+
+    fn read(
+        &self,
+        jobs: &mut (dyn Iterator<Item = ReadJob> + Send),
+        options: ReadOptions,
+        cancel: &AtomicBool,
+        done: &(dyn Fn(ReadOutcome) + Sync),
+    ) {
+        let _ = (jobs, options, cancel, done); // READER
+    }
+}
+
+impl Os {
+    /// Attributes, cache, map, cache, attributes of a file on a plain file system.
+    fn look(&self, fd: BorrowedFd<'_>, facts: &FsFacts, found: &mut Inspection) -> Result<(), FsError> {
+        let before = attributes(fd, found)?;
+        found.class = fsid::device_class(fd, facts.has_realtime);
+        let size = found.size;
+        if size == 0 {
+            found.dirty_pages = Some(0);
+            return Ok(());
+        }
+        let first = self.count_cached(fd, size)?;
+        if facts.description.physical_identity && found.class.is_some() {
+            read_map(fd, size, &mut found.extents)?;
+        }
+        let second = self.count_cached(fd, size)?;
+        found.dirty_pages = match (first, second) {
+            (Some(a), Some(b)) => Some((a.nr_dirty + a.nr_writeback).max(b.nr_dirty + b.nr_writeback)),
+            _ => None,
+        };
+        found.residency = match second {
+            Some(stat) => residency::of_counted(fd, size, stat.nr_cache, self.page)
+                .map_err(|e| FsError::new(FsOp::CacheState, e))?,
+            None => self.residency_without_counts(fd, size),
+        };
+        let after = retry(|| rustix::fs::fstat(fd)).map_err(|e| FsError::new(FsOp::Stat, e))?;
+        found.moved = stamp(&before) != stamp(&after);
+        Ok(())
+    }
+
+    /// What can be said of an overlay file whose real inode has only a name: size and residency.
+    fn look_through(
+        &self,
+        fd: BorrowedFd<'_>,
+        inode: InodeId,
+        found: &mut Inspection,
+    ) -> Result<(), FsError> {
+        attributes(fd, found)?;
+        found.inode = inode;
+        found.class = None;
+        found.dirty_pages = None;
+        found.residency = self.residency_without_counts(fd, found.size);
+        Ok(())
+    }
+
+    /// Cached, dirty and writeback pages up to EOF; `None` where this user or kernel can't tell.
+    fn count_cached(&self, fd: BorrowedFd<'_>, size: u64) -> Result<Option<CacheStat>, FsError> {
+        let whole_pages = size.checked_next_multiple_of(self.page.bytes()).unwrap_or(0);
+        match cache::cachestat(fd, 0, whole_pages) {
+            Ok(stat) => Ok(Some(stat)),
+            Err(e) if pagefold_sys::is_unsupported(&e) => Ok(None),
+            Err(e) if e.raw_os_error() == Some(Errno::PERM.raw_os_error()) => Ok(None),
+            Err(e) => Err(FsError::new(FsOp::CacheState, e)),
+        }
+    }
+
+    fn residency_without_counts(&self, fd: BorrowedFd<'_>, size: u64) -> Residency {
+        if size == 0 {
+            return Residency::None;
+        }
+        if !cache::may_know_residency(fd) {
+            return Residency::Unknown;
+        }
+        // A file that can't be mapped (some FUSE files) has a cache that can't be seen.
+        residency::by_mincore(fd, size, self.page).unwrap_or(Residency::Unknown)
+    }
+}
+
+fn attributes(fd: BorrowedFd<'_>, found: &mut Inspection) -> Result<Stat, FsError> {
+    let stat = retry(|| rustix::fs::fstat(fd)).map_err(|e| FsError::new(FsOp::Stat, e))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(FsError::new(FsOp::Open, Errno::INVAL));
+    }
+    found.inode = InodeId { dev: stat.st_dev, ino: stat.st_ino };
+    found.size = stat.st_size.cast_unsigned();
+    found.links = stat.st_nlink;
+    found.ctime = (stat.st_ctime, stat.st_ctime_nsec as u32);
+    found.residency = Residency::None;
+    found.moved = false;
+    Ok(stat)
+}
+
+/// What must not change between two looks.
+fn stamp(stat: &Stat) -> (i64, i64, u64, i64, u64) {
+    (stat.st_size, stat.st_ctime, stat.st_ctime_nsec, stat.st_mtime, stat.st_mtime_nsec)
+}
+
+fn read_map(fd: BorrowedFd<'_>, size: u64, extents: &mut Vec<RawExtent>) -> Result<(), FsError> {
+    let read = EXTENTS.with_borrow_mut(|reader| {
+        reader.read(fd, size, MapSync::No, |e| {
+            let flags = ExtentFlags::from_bits_retain(e.flags);
+            extents.push(RawExtent { logical: e.logical, physical: e.physical, length: e.length, flags });
+        })
+    });
+    read.map_err(|e: FiemapError| FsError::new(FsOp::ExtentMap, e))
+}
+
+fn kind(file_type: FileType) -> EntryKind {
+    match file_type {
+        FileType::RegularFile => EntryKind::File,
+        FileType::Directory => EntryKind::Dir,
+        FileType::Symlink => EntryKind::Symlink,
+        FileType::Fifo => EntryKind::Special(SpecialKind::Fifo),
+        FileType::Socket => EntryKind::Special(SpecialKind::Socket),
+        FileType::CharacterDevice => EntryKind::Special(SpecialKind::CharDevice),
+        FileType::BlockDevice => EntryKind::Special(SpecialKind::BlockDevice),
+        FileType::Unknown => EntryKind::Unknown,
+    }
+}
