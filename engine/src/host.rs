@@ -34,7 +34,8 @@ use crate::units::{MappingId, PageCount, PageIndex, PageSize, Site, Span};
 
 /// A shared page: the one copy, owned by the host and written by nobody. The number is the host's; a run of shared
 /// pages has consecutive numbers. A host may hand out consecutive numbers for separately made pages (of one anchor
-/// file, say): the engine's records of them then join. A number may be used again after [`MergeHost::release`].
+/// file, say): the engine's records of them then join. A number may be used again after [`MergeHost::release`] and after
+/// the last site that shows the page is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SharedPage(pub u64);
 
@@ -402,8 +403,8 @@ pub trait MergeHost {
     /// [`HostOp::Protect`].
     fn protect(&mut self, span: Span, kind: ProtectKind) -> Result<ProtectOutcome, HostError>;
 
-    /// Lifts the protection of these pages (any part of what was protected, shared or not). The pages may be gone. The
-    /// engine has removed every record of them before (design 3).
+    /// Lifts the protection of these pages (any part of what was protected). Pages that are gone or not protected any more
+    /// are passed over. The engine has removed every record of them as merged before (design 3).
     ///
     /// # Errors
     /// [`HostOp::Unprotect`]: the pages stay protected; the engine tries again.

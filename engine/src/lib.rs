@@ -11,10 +11,22 @@
 #![forbid(unsafe_code)]
 
 pub mod content;
+pub mod control;
+pub mod counters;
+pub mod domain;
+pub mod engine;
 pub mod host;
 pub mod identity;
 pub mod layout;
+pub mod listener;
+mod merge;
+pub mod policy;
+pub mod protocol;
+mod runs;
 pub mod savings;
+pub mod scanner;
 pub mod share_map;
+mod stable;
 mod sweep;
 pub mod units;
+mod unstable;

@@ -1,0 +1,656 @@
+//! Scenarios of the merge engine over the scripted host. Requirement ids in the names and comments.
+
+mod fake;
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use fake::*;
+use pagefold_engine::control::{UnmergeError, WriteVerdict};
+use pagefold_engine::counters::{Decision, Gauges};
+use pagefold_engine::domain::{Backend, Owner, Registration, Route};
+use pagefold_engine::engine::Engine;
+use pagefold_engine::host::*;
+use pagefold_engine::listener::Listener;
+use pagefold_engine::policy::{Action, Knobs, Run, Tick};
+use pagefold_engine::scanner::Step;
+use pagefold_engine::units::*;
+
+/// An engine and its host; every step is followed by all checks.
+struct Rig {
+    engine: Engine,
+    host: FakeHost,
+}
+
+impl Rig {
+    fn new(knobs: Knobs) -> Rig {
+        Rig { engine: Engine::new(knobs), host: FakeHost::new() }
+    }
+
+    fn big() -> Rig {
+        Rig::new(Knobs { pages_to_scan: 1_000_000, smart_scan: false, ..Knobs::default() })
+    }
+
+    fn step(&mut self) -> Step {
+        let step = self.engine.step(&mut self.host, Tick(0));
+        self.check();
+        step
+    }
+
+    fn check(&self) {
+        self.host.check();
+        self.engine.audit();
+    }
+
+    fn passes(&mut self, n: usize) {
+        (0..n).for_each(|_| drop(self.step()));
+    }
+
+    fn map(&mut self, reg: Registration, contents: &[u64], place: Option<u64>) {
+        let id = reg.mapping.0;
+        self.host.map(id, 0, contents, place);
+        self.engine.register(reg, span(id, 0, contents.len().max(1) as u64)).unwrap();
+    }
+
+    fn gauges(&self) -> Gauges {
+        self.engine.total().gauges
+    }
+
+    /// (shared, sharing, unshared, volatile)
+    fn pages(&self) -> (u64, u64, u64, u64) {
+        let g = self.gauges();
+        (g.pages_shared, g.pages_sharing, g.pages_unshared, g.pages_volatile())
+    }
+
+    fn decided(&self, decision: Decision) -> u64 {
+        self.engine.total().decisions.get(decision)
+    }
+}
+
+fn content(mapping: u32) -> Registration {
+    anon(mapping, 0)
+}
+
+#[test]
+fn clones_merge_in_one_pass_as_one_run_q34() {
+    let mut rig = Rig::big();
+    let pages: Vec<u64> = (10..60).collect();
+    for id in 1..=3 {
+        rig.map(file(id, 0), &pages, Some(500));
+    }
+    rig.step();
+    assert_eq!(rig.pages(), (50, 100, 0, 0));
+    assert_eq!(rig.decided(Decision::MergedPhysical), 150);
+    assert_eq!(rig.host.calls[&HostOp::MakeShared], 1, "a run is made at once");
+    assert_eq!(rig.host.calls[&HostOp::Share], 3, "and shared at once");
+    assert!(!rig.host.calls.contains_key(&HostOp::Digest), "no byte is read for what extents prove");
+    assert_eq!(rig.engine.profit(PageSize::KIB4).saved_bytes, 100 * 4096);
+}
+
+#[test]
+fn equal_bytes_merge_only_after_two_equal_checksums_k058_k059() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[11], None);
+    rig.map(content(2), &[11], None);
+    rig.step();
+    assert_eq!(rig.pages(), (0, 0, 0, 2), "seen once: volatile");
+    rig.step();
+    assert_eq!(rig.pages(), (1, 1, 0, 0));
+    // A third joins without a checksum filter: the stable index comes first.
+    rig.map(content(3), &[11], None);
+    rig.step();
+    assert_eq!(rig.pages(), (1, 2, 0, 0));
+}
+
+#[test]
+fn a_page_that_changes_never_enters_the_unstable_index_k059() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[11, 12], None);
+    rig.step();
+    for n in 0..5 {
+        rig.host.write(site(1, 0), 200 + n);
+        rig.step();
+        assert_eq!(rig.pages(), (0, 0, 1, 1));
+    }
+}
+
+#[test]
+fn anonymous_pages_merge_with_file_pages_w003() {
+    let mut rig = Rig::big();
+    rig.engine.set_knobs(Knobs { digest_shared: true, ..rig.engine.knobs() });
+    rig.map(file(1, 0), &[21, 22, 23], Some(70));
+    rig.map(file(2, 0), &[21, 22, 23], Some(70));
+    rig.step();
+    rig.map(content(3), &[22, 99, 21], None);
+    rig.step();
+    assert_eq!(rig.pages(), (3, 5, 0, 1));
+    let of = |backend| rig.engine.counters().of_backend(backend).gauges;
+    assert_eq!((of(Backend::Remap).pages_shared, of(Backend::Remap).pages_sharing), (3, 3));
+    assert_eq!((of(Backend::Arena).pages_shared, of(Backend::Arena).pages_sharing), (0, 2));
+    assert!(rig.host.is_shared(site(3, 0)) && rig.host.is_shared(site(3, 2)));
+}
+
+#[test]
+fn the_other_backend_takes_a_shared_page_over_k013() {
+    let mut rig = Rig::big();
+    let by_content = |id| Registration { route: Route::Content, ..file(id, 0) };
+    rig.map(by_content(1), &[31], None);
+    rig.map(content(2), &[31], None);
+    rig.map(content(3), &[31], None);
+    rig.passes(2);
+    let of = |rig: &Rig, backend| {
+        let g = rig.engine.counters().account(Owner { domain: DomainId(0), backend }).gauges;
+        (g.pages_shared, g.pages_sharing)
+    };
+    assert_eq!((of(&rig, Backend::Remap), of(&rig, Backend::Arena)), ((1, 0), (0, 2)));
+    assert_eq!(rig.engine.written(&mut rig.host, span(1, 0, 1)), WriteVerdict::Go);
+    assert_eq!((of(&rig, Backend::Remap), of(&rig, Backend::Arena)), ((0, 0), (1, 1)));
+    rig.check();
+}
+
+#[test]
+fn nothing_is_shared_across_domains() {
+    let mut rig = Rig::big();
+    rig.map(file(1, 0), &[5, 6], Some(10));
+    rig.map(file(2, 1), &[5, 6], Some(10));
+    rig.map(anon(3, 0), &[8], None);
+    rig.map(anon(4, 1), &[8], None);
+    rig.passes(4);
+    assert_eq!(rig.pages(), (0, 0, 6, 0));
+    assert_eq!(rig.host.merged_sites(), 0);
+}
+
+#[test]
+fn a_fork_into_another_domain_is_broken_not_adopted() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[8, 8], None);
+    rig.passes(2);
+    rig.host.fork(1, 9);
+    rig.engine.register(anon(9, 1), span(9, 0, 2)).unwrap();
+    rig.step();
+    assert_eq!(rig.decided(Decision::ForeignDomain), 2);
+    assert!(!rig.host.is_shared(site(9, 0)) && !rig.host.is_shared(site(9, 1)));
+    assert_eq!(rig.pages(), (1, 1, 0, 2));
+}
+
+#[test]
+fn dirty_cache_after_protection_is_no_proof_design_5_6() {
+    let mut rig = Rig::big();
+    rig.map(file(1, 0), &[5, 6], Some(10));
+    rig.map(file(2, 0), &[5, 6], Some(10));
+    // An unsynced overwrite: the map still names the shared extent, the bytes differ.
+    rig.host.set_dirty(site(2, 0), 77);
+    rig.step();
+    assert_eq!(rig.decided(Decision::DirtyCache), 1);
+    assert_eq!(rig.pages(), (1, 1, 1, 1), "the clean page merges, the dirty one does not");
+    assert!(!rig.host.is_shared(site(2, 0)));
+}
+
+#[test]
+fn a_stale_hint_is_no_proof_design_5_5() {
+    let mut rig = Rig::big();
+    rig.map(file(1, 0), &[5], Some(10));
+    rig.map(file(2, 0), &[5], Some(10));
+    // 1 was scanned and waits; then it is rewritten elsewhere, before 2 finds it as its mate.
+    rig.host.before.push_back((HostOp::Observe, Hook::Write(site(9, 9), 0)));
+    rig.host.before.push_back((HostOp::Observe, Hook::Write(site(1, 0), 6)));
+    rig.step();
+    assert_eq!(rig.decided(Decision::HintStale), 1);
+    assert_eq!((rig.pages(), rig.host.shared_count()), ((0, 0, 0, 2), 0));
+}
+
+#[test]
+fn a_write_between_protect_and_share_is_raced_p004() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[40], None);
+    rig.map(content(2), &[40], None);
+    rig.step();
+    rig.host.before.push_back((HostOp::Share, Hook::Write(site(1, 0), 41)));
+    rig.step();
+    assert_eq!(rig.decided(Decision::Raced), 1);
+    assert_eq!((rig.gauges().pages_shared, rig.host.shared_count()), (0, 0), "K-015, K-057");
+    assert_eq!(rig.host.protected_count(), 0);
+}
+
+#[test]
+#[should_panic(expected = "reads bytes nobody wrote")]
+fn a_host_that_ignores_the_stamp_is_caught() {
+    let mut rig = Rig::big();
+    rig.host.planted_share_ignores_stamp = true;
+    rig.map(content(1), &[40], None);
+    rig.map(content(2), &[40], None);
+    rig.step();
+    rig.host.before.push_back((HostOp::Share, Hook::Write(site(1, 0), 41)));
+    rig.step();
+}
+
+#[test]
+fn a_failed_second_merge_is_taken_back_k056_k015() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[40], None);
+    rig.map(content(2), &[40], None);
+    rig.step();
+    // The first Share is the mate's, the race hits the second.
+    rig.host.before.push_back((HostOp::Share, Hook::Write(site(9, 9), 0)));
+    rig.host.before.push_back((HostOp::Share, Hook::Write(site(2, 0), 41)));
+    rig.step();
+    assert_eq!(rig.decided(Decision::TakenBack), 1);
+    assert_eq!(rig.pages(), (0, 0, 0, 2));
+    assert_eq!((rig.host.shared_count(), rig.host.protected_count(), rig.host.merged_sites()), (0, 0, 0));
+}
+
+#[test]
+fn one_pinned_page_does_not_cost_its_run_p001() {
+    let mut rig = Rig::big();
+    let pages: Vec<u64> = (10..30).collect();
+    rig.map(file(1, 0), &pages, Some(500));
+    rig.map(file(2, 0), &pages, Some(500));
+    rig.host.pin(site(2, 7), 1);
+    rig.step();
+    assert_eq!(rig.pages(), (19, 19, 1, 1));
+    assert_eq!(rig.decided(Decision::Pinned), 1);
+    rig.host.pin(site(2, 7), -1);
+    rig.step();
+    assert_eq!(rig.pages(), (20, 20, 0, 0));
+}
+
+#[test]
+fn colliding_digests_differ_in_the_proof_m024() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[101], None);
+    rig.map(content(2), &[102], None);
+    rig.passes(3);
+    assert!(rig.decided(Decision::Differs) >= 1);
+    assert_eq!((rig.gauges().pages_shared, rig.host.shared_count()), (0, 0));
+}
+
+#[test]
+fn the_limit_refuses_new_pages_and_never_a_join_k005_k007() {
+    let mut rig = Rig::big();
+    rig.engine.set_knobs(Knobs { max_kernel_pages: 1, ..rig.engine.knobs() });
+    rig.map(content(1), &[40, 50], None);
+    rig.map(content(2), &[40, 50], None);
+    rig.passes(3);
+    assert_eq!((rig.gauges().pages_shared, rig.gauges().pages_sharing), (1, 1));
+    assert!(rig.decided(Decision::LimitReached) >= 1);
+    rig.map(content(3), &[40], None);
+    rig.step();
+    assert_eq!(rig.gauges().pages_sharing, 2);
+    rig.engine.set_knobs(Knobs { max_kernel_pages: 0, ..rig.engine.knobs() });
+    rig.passes(2);
+    assert_eq!(rig.gauges().pages_shared, 2, "0 is no limit (K-006); the refused stayed candidates");
+}
+
+#[test]
+fn max_page_sharing_makes_another_copy() {
+    let mut rig = Rig::big();
+    rig.engine.set_knobs(Knobs { max_page_sharing: 3, ..rig.engine.knobs() });
+    for id in 1..=7 {
+        rig.map(content(id), &[40], None);
+    }
+    rig.passes(4);
+    assert_eq!((rig.gauges().pages_shared, rig.gauges().pages_sharing), (2, 4));
+    assert!(rig.decided(Decision::ChainFull) >= 1);
+    rig.engine.set_run(&mut rig.host, Run::Unmerge).unwrap();
+    assert_eq!(rig.host.shared_count(), 0);
+}
+
+#[test]
+fn zero_pages_use_no_shared_page_and_are_undone_k120() {
+    let mut rig = Rig::big();
+    rig.engine.set_knobs(Knobs { use_zero_pages: true, ..rig.engine.knobs() });
+    rig.map(content(1), &[0, 0, 0, 9], None);
+    rig.passes(2);
+    assert_eq!((rig.gauges().zero_pages, rig.gauges().pages_shared), (3, 0));
+    assert_eq!(rig.host.calls[&HostOp::Share], 1, "neighbours go at once");
+    rig.engine.set_run(&mut rig.host, Run::Unmerge).unwrap();
+    assert_eq!((rig.host.merged_sites(), rig.host.protected_count()), (0, 0));
+}
+
+#[test]
+fn the_last_sharer_gets_its_page_back_k030_k031() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[40], None);
+    rig.map(content(2), &[40], None);
+    rig.passes(2);
+    rig.host.write(site(1, 0), 41);
+    rig.step();
+    assert_eq!(rig.decided(Decision::CowBroken), 1);
+    assert_eq!(rig.decided(Decision::LastSharer), 1);
+    assert_eq!((rig.host.shared_count(), rig.host.merged_sites()), (0, 0));
+    assert_eq!(rig.gauges().pages_unshared, 0, "not in the same pass (K-031)");
+    rig.step();
+    assert_eq!(rig.gauges().pages_unshared, 2, "its checksum was taken at once (K-031); 41 held still");
+}
+
+#[test]
+fn a_last_sharer_that_cannot_be_broken_leaves_the_tree_and_is_tried_again_k035_k065() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[40], None);
+    rig.map(content(2), &[40], None);
+    rig.passes(2);
+    rig.host.write(site(1, 0), 41);
+    rig.host.memory = 0;
+    rig.step();
+    assert_eq!((rig.gauges().pages_shared, rig.host.merged_sites()), (0, 1));
+    rig.passes(2);
+    assert!(rig.decided(Decision::BreakNoMemory) >= 3, "every pass tries (K-065)");
+    rig.host.memory = 10;
+    rig.step();
+    assert_eq!((rig.host.merged_sites(), rig.host.protected_count(), rig.host.shared_count()), (0, 0, 0));
+}
+
+#[test]
+fn a_forked_copy_is_appended_without_a_merge_k016_k053() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[40], None);
+    rig.map(content(2), &[40], None);
+    rig.passes(2);
+    let shares = rig.host.calls[&HostOp::Share];
+    rig.host.fork(1, 9);
+    rig.engine.register(content(9), span(9, 0, 1)).unwrap();
+    rig.step();
+    assert_eq!((rig.pages(), rig.host.calls[&HostOp::Share]), ((1, 2, 0, 0), shares));
+    assert_eq!(rig.decided(Decision::Forked), 1);
+    let page = rig.engine.shared_at(site(9, 0)).unwrap();
+    assert_eq!(rig.engine.sites_of(page, MappingId(9)), [(PageIndex(0), Private(7))], "W-011, W-012");
+}
+
+#[test]
+fn a_fork_whose_shared_page_left_the_index_is_broken_k076() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[40], None);
+    rig.map(content(2), &[40], None);
+    rig.passes(2);
+    rig.host.fork(1, 9);
+    for id in [1, 2] {
+        rig.engine.unregister(&mut rig.host, span(id, 0, 1)).unwrap();
+    }
+    rig.engine.register(content(9), span(9, 0, 1)).unwrap();
+    rig.step();
+    assert_eq!(
+        (rig.decided(Decision::StrayBroken), rig.host.merged_sites(), rig.host.protected_count()),
+        (1, 0, 0)
+    );
+}
+
+#[test]
+fn run_2_breaks_what_nobody_recorded_and_keeps_mappings_registered_k009_k066() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[40, 50], None);
+    rig.map(content(2), &[40, 50], None);
+    rig.passes(2);
+    rig.host.fork(1, 9);
+    rig.engine.register(content(9), span(9, 0, 2)).unwrap();
+    assert_eq!(rig.engine.set_run(&mut rig.host, Run::Unmerge), Ok(false));
+    assert!(rig.gauges().is_zero());
+    assert_eq!(rig.engine.counters().full_scans, 0, "K-071");
+    assert_eq!((rig.host.merged_sites(), rig.host.shared_count(), rig.host.protected_count()), (0, 0, 0));
+    assert_eq!(rig.engine.set_run(&mut rig.host, Run::Unmerge), Ok(false), "K-073");
+    assert_eq!(rig.engine.set_run(&mut rig.host, Run::Merge), Ok(true), "K-046: wake");
+    rig.passes(2);
+    assert_eq!(rig.pages(), (2, 4, 0, 0));
+}
+
+#[test]
+fn run_2_that_fails_leaves_run_0_and_can_be_repeated_k071_k072_k074_t03() {
+    let mut rig = Rig::new(Knobs { pages_to_scan: 3, smart_scan: false, ..Knobs::default() });
+    rig.map(content(1), &[40, 50, 60], None);
+    rig.map(content(2), &[40, 50, 61], None);
+    rig.passes(8);
+    assert_eq!(rig.gauges().pages_shared, 2);
+    rig.step();
+    let scans = rig.engine.counters().full_scans;
+    rig.host.memory = 1;
+    let error = rig.engine.set_run(&mut rig.host, Run::Unmerge).unwrap_err();
+    assert_eq!(error, UnmergeError::NoMemory(site(1, 1)));
+    rig.check();
+    assert_eq!((rig.engine.run(), rig.engine.counters().full_scans), (Run::Stop, scans));
+    // Scanning goes on without an item that is too old (K-081 asserts in every step).
+    rig.engine.set_run(&mut rig.host, Run::Merge).unwrap();
+    rig.passes(12);
+    rig.host.memory = u64::MAX;
+    rig.engine.set_run(&mut rig.host, Run::Unmerge).unwrap();
+    assert_eq!(rig.host.merged_sites(), 0);
+}
+
+#[test]
+fn unregistering_keeps_its_mark_until_all_is_broken_k064_k066_k067() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[40, 50], None);
+    rig.map(content(2), &[40, 50], None);
+    rig.passes(2);
+    rig.host.interrupt_after = Some(1);
+    let error = rig.engine.unregister(&mut rig.host, span(1, 0, 2)).unwrap_err();
+    assert_eq!(error, UnmergeError::Interrupted(site(1, 1)));
+    rig.check();
+    rig.host.memory = 0;
+    assert_eq!(rig.engine.unregister(&mut rig.host, span(1, 0, 2)), Err(UnmergeError::NoMemory(site(1, 1))));
+    rig.host.memory = 9;
+    rig.passes(2);
+    assert_eq!(rig.gauges().pages_sharing, 2, "still registered, so it merged again");
+    rig.engine.unregister(&mut rig.host, span(1, 0, 2)).unwrap();
+    assert_eq!(rig.gauges().sites, 4, "records are left for the scanner (K-052)");
+    rig.passes(2);
+    assert_eq!(rig.gauges().sites, 2);
+    assert_eq!(rig.engine.unregister(&mut rig.host, span(77, 0, 2)), Ok(()), "K-069");
+}
+
+#[test]
+fn a_writer_waits_until_its_pages_are_its_own_design_4() {
+    let mut rig = Rig::big();
+    rig.map(file(1, 0), &[5, 6, 7], Some(10));
+    rig.map(file(2, 0), &[5, 6, 7], Some(10));
+    rig.step();
+    rig.host.memory = 1;
+    let verdict = rig.engine.written(&mut rig.host, span(2, 0, 3));
+    assert_eq!(verdict, WriteVerdict::Wait { why: UnmergeError::NoMemory(site(2, 1)) });
+    rig.check();
+    (0..3).for_each(|o| rig.host.set_busy(site(2, o), true));
+    assert_eq!(rig.step().released, []);
+    rig.host.memory = 9;
+    assert_eq!(rig.step().released, [span(2, 0, 3)]);
+    assert!((0..3).all(|o| !rig.host.is_shared(site(2, o))));
+}
+
+#[test]
+fn truncation_is_success_k063() {
+    let mut rig = Rig::big();
+    rig.map(file(1, 0), &[5, 6, 7], Some(10));
+    rig.map(file(2, 0), &[5, 6, 7], Some(10));
+    rig.step();
+    rig.host.truncate(2, 1);
+    rig.engine.truncated(&mut rig.host, MappingId(2), PageIndex(1));
+    rig.check();
+    assert_eq!(rig.gauges().pages_sharing, 1);
+    // A truncation the engine was not told of, in the middle of a break.
+    rig.host.before.push_back((HostOp::Break, Hook::Truncate(site(1, 1))));
+    assert_eq!(rig.engine.written(&mut rig.host, span(1, 0, 3)), WriteVerdict::Go);
+    rig.check();
+    assert!(rig.decided(Decision::BreakVanished) >= 1);
+}
+
+#[test]
+fn exit_never_waits_and_leaves_nothing_k090_k095_k096_k102_t05() {
+    let mut rig = Rig::big();
+    rig.engine.set_run(&mut rig.host, Run::Stop).unwrap();
+    rig.map(content(1), &[40], None);
+    rig.engine.exit(MappingId(1));
+    assert_eq!(rig.step().action, Action::Wait, "fast path: nothing is left (T-05)");
+    rig.engine.set_run(&mut rig.host, Run::Merge).unwrap();
+    rig.map(content(2), &[40], None);
+    rig.map(content(3), &[40], None);
+    rig.passes(2);
+    rig.engine.set_run(&mut rig.host, Run::Stop).unwrap();
+    rig.engine.exit(MappingId(2));
+    rig.host.teardown(2);
+    rig.step();
+    assert_eq!(rig.pages(), (1, 0, 0, 0), "swept while stopped (K-102)");
+    // The scanner notices before it is told (K-093).
+    rig.host.set_exiting(3);
+    rig.engine.set_run(&mut rig.host, Run::Merge).unwrap();
+    rig.step();
+    assert!(rig.gauges().is_zero());
+    rig.engine.exit(MappingId(3));
+    rig.host.teardown(3);
+    assert_eq!(rig.host.shared_count(), 0);
+}
+
+#[test]
+fn an_exit_in_the_middle_of_a_merge_backs_out_k094() {
+    for op in [HostOp::Protect, HostOp::Compare, HostOp::MakeShared, HostOp::Share, HostOp::Digest] {
+        for id in [1, 2] {
+            let mut rig = Rig::big();
+            rig.map(content(1), &[40, 41], None);
+            rig.map(content(2), &[40, 41], None);
+            rig.step();
+            rig.host.before.push_back((op, Hook::Exit(MappingId(id))));
+            rig.step();
+            rig.engine.exit(MappingId(id));
+            rig.host.teardown(id);
+            rig.passes(2);
+            assert_eq!((rig.host.shared_count(), rig.host.protected_count()), (0, 0), "{op} {id}");
+        }
+    }
+}
+
+#[test]
+fn relocation_keeps_every_site_m001_m011() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[40], None);
+    rig.map(content(2), &[40], None);
+    rig.passes(2);
+    let from = rig.host.any_shared().unwrap();
+    let to = rig.host.relocate(from, None);
+    let one = |n| SharedSpan { start: SharedPage(n), pages: PageCount(1) };
+    rig.engine.relocated(one(from), one(to), NodeId(0), None);
+    rig.check();
+    assert_eq!(rig.engine.shared_at(site(2, 0)), Some(SharedPage(to)));
+    rig.map(content(3), &[40], None);
+    rig.step();
+    assert_eq!(rig.pages(), (1, 2, 0, 0), "found under its key still");
+}
+
+#[test]
+fn idle_is_silent_k040_k041_k042_t06() {
+    let mut rig = Rig::big();
+    assert_eq!((rig.step().action, rig.engine.counters().full_scans), (Action::Wait, 0));
+    rig.host.map(1, 0, &[1], None);
+    assert_eq!(rig.engine.register(content(1), span(1, 0, 1)), Ok(true), "wake (K-044)");
+    assert_eq!(rig.engine.register(content(1), span(1, 0, 1)), Ok(false));
+    assert_eq!(rig.step().action, Action::SleepUntil(Tick(20)), "K-125");
+    rig.engine.set_run(&mut rig.host, Run::Stop).unwrap();
+    let before = rig.engine.total();
+    assert_eq!(rig.step().action, Action::Wait);
+    assert_eq!(rig.engine.total(), before);
+}
+
+#[test]
+fn batches_are_as_big_as_pages_to_scan_and_absent_pages_cost_nothing_k034() {
+    let mut rig = Rig::new(Knobs { pages_to_scan: 4, ..Knobs::default() });
+    rig.host.map(1, 1_000_000, &[1, 2, 3, 4, 5, 6], None);
+    rig.engine.register(content(1), span(1, 0, 2_000_000)).unwrap();
+    assert_eq!(rig.step().scanned, PageCount(4));
+    assert_eq!(rig.step().scanned, PageCount(2));
+    rig.step();
+    assert_eq!(rig.engine.counters().full_scans, 1);
+}
+
+#[test]
+fn smart_scan_passes_over_what_never_merges() {
+    let mut rig = Rig::new(Knobs { pages_to_scan: 1000, ..Knobs::default() });
+    rig.map(content(1), &[40, 50], None);
+    rig.passes(40);
+    assert!(rig.decided(Decision::SkippedSmart) > 40);
+    rig.map(content(2), &[40], None);
+    rig.passes(12);
+    assert_eq!(rig.gauges().pages_shared, 1, "but still looks now and then");
+}
+
+#[test]
+fn errors_are_reported_and_leave_everything_consistent() {
+    let ops = [
+        HostOp::Observe,
+        HostOp::Digest,
+        HostOp::Protect,
+        HostOp::Unprotect,
+        HostOp::Compare,
+        HostOp::MakeShared,
+        HostOp::Share,
+        HostOp::Release,
+        HostOp::Break,
+    ];
+    for op in ops {
+        let mut rig = Rig::big();
+        rig.map(content(1), &[40, 41, 42], None);
+        rig.map(content(2), &[40, 41, 43], None);
+        rig.passes(2);
+        rig.host.before.push_back((op, Hook::Error(5)));
+        rig.host.write(site(1, 0), 44);
+        rig.host.write(site(1, 2), 43);
+        rig.passes(6);
+        assert_eq!(rig.host.before.len(), 0, "{op} was never called");
+        assert!(rig.engine.set_run(&mut rig.host, Run::Unmerge).is_ok());
+        rig.step();
+        assert_eq!((rig.host.merged_sites(), rig.host.protected_count(), rig.host.shared_count()), (0, 0, 0));
+    }
+}
+
+#[test]
+fn out_of_memory_for_shared_pages_is_not_merged_and_nothing_else() {
+    let mut rig = Rig::big();
+    rig.host.shared_memory = 0;
+    rig.map(file(1, 0), &[5, 6], Some(10));
+    rig.map(file(2, 0), &[5, 6], Some(10));
+    rig.passes(2);
+    assert!(rig.decided(Decision::NoMemory) >= 2);
+    assert_eq!((rig.gauges().pages_shared, rig.host.protected_count()), (0, 0));
+}
+
+#[test]
+fn short_runs_are_left_alone_by_choice_design_7() {
+    let mut rig = Rig::big();
+    rig.engine.set_knobs(Knobs { min_run_pages: 4, ..rig.engine.knobs() });
+    rig.map(file(1, 0), &[5, 6], Some(10));
+    rig.map(file(2, 0), &[5, 6], Some(10));
+    rig.step();
+    assert_eq!((rig.decided(Decision::ShortRun), rig.gauges().pages_shared), (4, 0));
+}
+
+struct Log(Rc<RefCell<Vec<(char, Span)>>>);
+impl Listener for Log {
+    fn start(&mut self, span: Span) {
+        self.0.borrow_mut().push(('s', span));
+    }
+    fn invalidate(&mut self, span: Span) {
+        self.0.borrow_mut().push(('i', span));
+    }
+    fn end(&mut self, span: Span) {
+        self.0.borrow_mut().push(('e', span));
+    }
+}
+
+#[test]
+fn listeners_hear_of_every_change_in_order_and_widened_h021_h022_h031() {
+    let mut rig = Rig::big();
+    rig.host.unit = 4;
+    let log = Rc::new(RefCell::new(Vec::new()));
+    rig.engine.add_listener(Box::new(Log(log.clone())));
+    rig.map(file(1, 0), &[5; 8], Some(10));
+    rig.map(file(2, 0), &[5; 8], Some(10));
+    rig.host.set_busy(site(2, 0), true);
+    rig.step();
+    let heard = log.borrow().clone();
+    let wide = [span(1, 0, 8), span(2, 0, 8)];
+    assert!(heard.iter().all(|(_, s)| wide.contains(s)), "{heard:?}");
+    let mut depth = 0;
+    for (kind, _) in &heard {
+        match kind {
+            's' => depth += 1,
+            'e' => depth -= 1,
+            _ => assert_eq!(depth, 1, "invalidate outside its bracket"),
+        }
+    }
+    assert_eq!(depth, 0, "H-023");
+    assert_eq!(heard.iter().filter(|(k, _)| *k == 'i').count(), 2);
+}
