@@ -22,6 +22,7 @@ pub mod listener;
 mod merge;
 pub mod policy;
 pub mod protocol;
+mod record;
 mod runs;
 pub mod savings;
 pub mod scanner;

@@ -180,7 +180,10 @@ impl Engine {
             Ok(proof) => proof,
             Err(again) => {
                 self.disarm(host, first.cancel());
-                self.drop_mate(mate, again);
+                if by != Evidence::Place {
+                    // Either of them may have changed since it was digested. By place the mate is proved by now.
+                    self.drop_mate(mate, again);
+                }
                 self.settle(host);
                 return again;
             }
