@@ -22,6 +22,7 @@ use rustix::io::Errno;
 
 use crate::fsid::{self, FsFacts};
 use crate::overlay::RealFile;
+use crate::reader;
 use crate::residency;
 use crate::source::{
     EntryKind, FileSource, FsDescription, FsError, FsOp, InodeId, Inspection, OpenedDir, ReadJob,
@@ -184,7 +185,7 @@ impl FileSource for Os {
         cancel: &AtomicBool,
         done: &(dyn Fn(ReadOutcome) + Sync),
     ) {
-        let _ = (jobs, options, cancel, done); // READER
+        reader::read_jobs(jobs, options, cancel, done);
     }
 }
 
