@@ -56,6 +56,10 @@ impl Engine {
     /// [`UnmergeError`]: the whole span keeps its mark.
     pub fn unregister(&mut self, host: &mut dyn MergeHost, span: Span) -> Result<(), UnmergeError> {
         self.unmerge_all_in(host, span)?;
+        for range in self.registry.ranges_in(span) {
+            // The records stay for the scanner (K-052), but nobody may find a mate there any more (K-128).
+            self.take_out_waiting(range);
+        }
         self.registry.unmark(span);
         Ok(())
     }

@@ -172,8 +172,8 @@ impl Registry {
 
     /// The whole registered range around a page; listeners' spans are widened inside it (H-006).
     pub fn range_around(&self, mapping: MappingId, at: PageIndex) -> Option<Span> {
-        let (_, left) = self.ranges.get(mapping, at.0)?;
-        self.ranges(mapping).into_iter().find(|r| r.end().0 == at.0 + left)
+        let run = self.ranges.run_at(mapping, at.0)?;
+        Some(make_span(mapping, run.start, run.pages))
     }
 
     /// The first registered range of a mapping that ends after `from`, clipped to start there.

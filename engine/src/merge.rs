@@ -265,6 +265,8 @@ impl Engine {
             self.count(span, Decision::Busy, span.pages.0);
             return Err(Again::No);
         }
+        let range = self.registry.range_around(span.mapping, span.start);
+        assert!(range.is_some_and(|r| span.end() <= r.end()), "{span:?} is not registered (K-128)");
         let reg = *self.registry.get(span.mapping).expect("registered");
         let candidate = Candidate::new(span, reg.protect, reg.domain);
         let wide = self.widened(host, span);

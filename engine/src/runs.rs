@@ -55,9 +55,16 @@ impl<P: Ord + Copy + Debug, V: RunValue> RunMap<P, V> {
 
     /// The value at `at` and how many numbers from there the run still has.
     pub fn get(&self, prefix: P, at: u64) -> Option<(V, u64)> {
+        let run = self.run_at(prefix, at)?;
+        let into = at - run.start;
+        Some((run.value.advance(into), run.pages - into))
+    }
+
+    /// The whole run around `at`.
+    pub fn run_at(&self, prefix: P, at: u64) -> Option<Piece<V>> {
         let ((p, start), (pages, value)) = self.map.range(..=(prefix, at)).next_back()?;
-        let into = at - if *p == prefix { *start } else { return None };
-        (into < *pages).then(|| (value.advance(into), pages - into))
+        let inside = *p == prefix && at - start < *pages;
+        inside.then_some(Piece { start: *start, pages: *pages, value: *value })
     }
 
     /// What is at `at`, and for how many of at most `most` numbers that (or the gap) goes on.

@@ -192,7 +192,7 @@ impl Engine {
     }
 
     /// Takes what waits in `span` since the last pass out, before it is judged again (K-087).
-    fn take_out_waiting(&mut self, span: Span) {
+    pub(crate) fn take_out_waiting(&mut self, span: Span) {
         for (part, record) in self.records.pieces(span) {
             if matches!(record.state, SiteState::Unstable { .. }) {
                 self.set(part, SiteRecord { state: SiteState::Volatile, ..record });

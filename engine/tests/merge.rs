@@ -436,6 +436,20 @@ fn unregistering_keeps_its_mark_until_all_is_broken_k064_k066_k067() {
     assert_eq!(rig.engine.unregister(&mut rig.host, span(77, 0, 2)), Ok(()), "K-069");
 }
 
+/// Found by the random test: a page that waited for a mate was merged after its range was unregistered.
+#[test]
+fn nobody_finds_a_mate_in_an_unregistered_range_k128() {
+    let mut rig = Rig::new(Knobs { pages_to_scan: 1, ..Knobs::default() });
+    rig.map(file(1, 0), &[5], Some(10));
+    rig.map(file(2, 0), &[5], Some(10));
+    rig.step();
+    assert_eq!(rig.pages(), (0, 0, 1, 0));
+    rig.engine.unregister(&mut rig.host, span(1, 0, 1)).unwrap();
+    rig.check();
+    rig.passes(3);
+    assert_eq!((rig.host.merged_sites(), rig.gauges().pages_unshared), (0, 1));
+}
+
 #[test]
 fn a_writer_waits_until_its_pages_are_its_own_design_4() {
     let mut rig = Rig::big();

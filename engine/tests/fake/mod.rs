@@ -160,6 +160,12 @@ impl FakeHost {
         self.maps[&at.mapping].pages[&at.offset.0].shows != Shows::Own
     }
 
+    /// Neither protected nor merged: a writer may dirty it without anyone hearing.
+    pub fn is_plain(&self, at: Site) -> bool {
+        let page = &self.maps[&at.mapping].pages[&at.offset.0];
+        page.shows == Shows::Own && !page.protected
+    }
+
     /// A store that nobody holds back: the kernel copies, protection and place are gone.
     pub fn write(&mut self, at: Site, content: u64) {
         if let Some(page) = self.page(at) {
