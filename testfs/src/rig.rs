@@ -22,8 +22,8 @@ mod base;
 mod tools;
 
 pub use base::{base_dir, sweep};
-pub(crate) use tools::{detach_loops_of, require_root};
 pub use tools::{KnownFs, RigError, fs_kind};
+pub(crate) use tools::{detach_loops_of, require_root};
 
 /// Which file system a rig carries, and how it is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -101,7 +101,7 @@ impl LoopRig {
     /// # Errors
     /// As [`LoopRig::new`].
     pub fn with_size(fs: RigFs, bytes: u64) -> Result<LoopRig, RigError> {
-        tools::require_root("make a loopback file system")?;
+        require_root("make a loopback file system")?;
         let base = base_dir();
         sweep(&base)?;
         let (home, lock) = base::claim(&base)?;

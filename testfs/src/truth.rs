@@ -74,6 +74,9 @@ pub struct TrueRun {
     pub first: TruePage,
 }
 
+/// What equal whole files have in common: size and pages.
+type Signature = (u64, Vec<(TruePage, u64)>);
+
 /// One inode.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrueFile {
@@ -107,7 +110,7 @@ impl TrueFile {
     }
 
     /// Equal for equal whole files, `None` where equality isn't known or means nothing.
-    fn signature(&self) -> Option<(u64, Vec<(TruePage, u64)>)> {
+    fn signature(&self) -> Option<Signature> {
         if self.count(|p| p == TruePage::Undecided) > 0 || self.cache_pages() == 0 {
             return None;
         }
@@ -242,7 +245,7 @@ fn distinct_pages(root: &TrueRoot) -> HashSet<TruePage> {
 fn figures(roots: &[&TrueRoot]) -> Figures {
     let mut sums = Figures::default();
     let mut pages: HashMap<(u16, TruePage), (u64, u64)> = HashMap::new();
-    let mut whole: HashMap<(u16, u64, Vec<(TruePage, u64)>), (u64, u64)> = HashMap::new();
+    let mut whole: HashMap<(u16, Signature), (u64, u64)> = HashMap::new();
     for (root, file) in roots.iter().flat_map(|r| r.files.iter().map(move |f| (r, f))) {
         sums.files += 1;
         sums.hard_links += file.names.len() as u64 - 1;
@@ -252,8 +255,8 @@ fn figures(roots: &[&TrueRoot]) -> Figures {
         sums.undecided_bytes += file.count(|p| p == TruePage::Undecided) * PAGE;
         sums.resident_bytes += file.resident.iter().map(|(_, n)| n * PAGE).sum::<u64>();
         count_pages(root.domain, file, &mut pages);
-        if let Some((size, signature)) = file.signature() {
-            let group = whole.entry((root.domain, size, signature)).or_insert((0, file.cache_pages()));
+        if let Some(signature) = file.signature() {
+            let group = whole.entry((root.domain, signature)).or_insert((0, file.cache_pages()));
             group.0 += 1;
         }
     }

@@ -114,7 +114,7 @@ impl<'a> ImageBuilder<'a> {
     fn parents(&mut self, path: &Path) -> Result<(), FarmError> {
         match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() && !self.made_dirs.contains(parent) => {
-                self.dir(&parent.to_owned(), Meta { mode: 0o755, ..Meta::default() })
+                self.dir(parent, Meta { mode: 0o755, ..Meta::default() })
             }
             _ => Ok(()),
         }

@@ -11,19 +11,15 @@ use rustix::fs::OFlags;
 
 use crate::farm::content::PAGE;
 
-use super::{TruePage, TrueRun, Truth, TruthError};
+use super::{TrueFile, TruePage, TrueRun, Truth, TruthError};
 
 /// Replaces the origins in `truth` by what the bytes say.
 pub(super) fn compared(mut truth: Truth) -> Result<Truth, TruthError> {
     let mut known: HashMap<Box<[u8]>, u64> = HashMap::new();
     for root in &mut truth.roots {
-        same_listing(
-            &root.path,
-            root.files
-                .iter()
-                .flat_map(|f| f.names.iter().map(|n| (n.clone(), (f.size, f.names.len() as u64))))
-                .collect(),
-        )?;
+        let facts = |f: &TrueFile| (f.size, f.names.len() as u64);
+        let listing = root.files.iter().flat_map(|f| f.names.iter().map(move |n| (n.clone(), facts(f))));
+        same_listing(&root.path, &listing.collect())?;
         for file in &mut root.files {
             let path = root.path.join(&file.names[0]);
             file.runs = read_runs(&path, &file.runs, &mut known)
@@ -82,7 +78,7 @@ fn read_up_to(file: &File, mut buffer: &mut [u8], mut at: u64) -> std::io::Resul
 }
 
 /// Compares the regular files below `root` (size, links) with `wanted`.
-fn same_listing(root: &Path, wanted: BTreeMap<PathBuf, (u64, u64)>) -> Result<(), TruthError> {
+fn same_listing(root: &Path, wanted: &BTreeMap<PathBuf, (u64, u64)>) -> Result<(), TruthError> {
     let mut found = BTreeMap::new();
     let mut dirs = vec![PathBuf::new()];
     while let Some(dir) = dirs.pop() {
@@ -99,13 +95,13 @@ fn same_listing(root: &Path, wanted: BTreeMap<PathBuf, (u64, u64)>) -> Result<()
             }
         }
     }
-    if found == wanted {
+    if found == *wanted {
         return Ok(());
     }
     let differs = |a: &BTreeMap<PathBuf, _>, b: &BTreeMap<PathBuf, _>| {
         a.iter().find(|(path, facts)| b.get(*path) != Some(*facts)).map(|(path, _)| path.clone())
     };
-    let path = differs(&wanted, &found).or_else(|| differs(&found, &wanted)).unwrap_or_default();
+    let path = differs(wanted, &found).or_else(|| differs(&found, wanted)).unwrap_or_default();
     let why = format!("manifest says {:?}, found {:?}", wanted.get(&path), found.get(&path));
     Err(TruthError::Mismatch { path: root.join(path), why })
 }
