@@ -105,7 +105,8 @@ impl Layout {
     /// Overlapping or wrapped extents (a hostile or broken file system) make the pages they touch undecided.
     #[must_use]
     pub fn from_extents(facts: MapFacts<'_>) -> Layout {
-        let mut builder = LayoutBuilder::new(facts.size, facts.page);
+        let gap = gap(facts.cache);
+        let mut builder = LayoutBuilder::new(facts.size, facts.page, gap);
         let Some(space) = facts.space else {
             return builder.finish_with(Identity::Undecided(Undecided::NoExtentMap));
         };
@@ -121,13 +122,13 @@ impl Layout {
         for extent in extents {
             builder.extent(extent, verdict(extent, space, facts.cache));
         }
-        builder.finish_with(Identity::Zero)
+        builder.finish_with(gap)
     }
 
     /// A layout in which every page is undecided for `why`.
     #[must_use]
     pub fn undecided(size: u64, page: PageSize, why: Undecided) -> Layout {
-        LayoutBuilder::new(size, page).finish_with(Identity::Undecided(why))
+        LayoutBuilder::new(size, page, Identity::Zero).finish_with(Identity::Undecided(why))
     }
 
     /// Whether every page has an identity, so that equality of layouts is equality of files.
@@ -167,6 +168,16 @@ enum Verdict {
     Unknown(Undecided),
 }
 
+/// What no extent covers. Under dirty pages that is no hole for certain: XFS keeps the reservation for a write next to a
+/// shared block in its copy-on-write fork, which no map shows (seen on Linux 6.18).
+fn gap(cache: CacheState) -> Identity {
+    match cache {
+        CacheState::Dirty => Identity::Undecided(Undecided::DirtyCache),
+        CacheState::Unknown => Identity::Undecided(Undecided::UnknownCache),
+        CacheState::Clean => Identity::Zero,
+    }
+}
+
 fn verdict(extent: &RawExtent, space: AddressSpace, cache: CacheState) -> Verdict {
     let flags = extent.flags;
     let known = ExtentFlags::LAST | ExtentFlags::SHARED | ExtentFlags::MERGED | ExtentFlags::UNWRITTEN;
@@ -195,6 +206,7 @@ fn verdict(extent: &RawExtent, space: AddressSpace, cache: CacheState) -> Verdic
 struct LayoutBuilder {
     size: u64,
     page: PageSize,
+    gap: Identity,
     runs: Vec<Run>,
     done: u64,
     total: u64,
@@ -205,9 +217,9 @@ struct LayoutBuilder {
 }
 
 impl LayoutBuilder {
-    fn new(size: u64, page: PageSize) -> Self {
+    fn new(size: u64, page: PageSize, gap: Identity) -> Self {
         let total = page.pages_covering(size).0;
-        LayoutBuilder { size, page, runs: Vec::new(), done: 0, total, open_page: None, last_end: 0 }
+        LayoutBuilder { size, page, gap, runs: Vec::new(), done: 0, total, open_page: None, last_end: 0 }
     }
 
     fn push(&mut self, start: u64, pages: u64, identity: Identity) {
@@ -225,11 +237,11 @@ impl LayoutBuilder {
         self.runs.push(Run { start: PageIndex(start), pages: PageCount(pages), identity });
     }
 
-    /// Fills with zeros up to `page`, first closing a page that was left half covered.
+    /// Fills with what gaps are up to `page`, first closing a page that was left half covered.
     fn fill_to(&mut self, page: u64) {
         self.close_open_page(page);
         if page > self.done {
-            self.push(self.done, page - self.done, Identity::Zero);
+            self.push(self.done, page - self.done, self.gap);
         }
     }
 
@@ -240,7 +252,7 @@ impl LayoutBuilder {
             self.open_page = None;
             if open >= self.done {
                 if open > self.done {
-                    self.push(self.done, open - self.done, Identity::Zero);
+                    self.push(self.done, open - self.done, self.gap);
                 }
                 self.push(open, 1, Identity::Undecided(why));
             }

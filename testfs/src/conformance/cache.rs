@@ -19,6 +19,11 @@ pub(super) fn cases<R: Rig>() -> Vec<Case<R>> {
         },
         Case { name: "dirty_unwritten_is_not_zero", needs: &[Need::Unwritten], run: dirty_unwritten },
         Case { name: "delayed_allocation_is_undecided", needs: &[Need::Extents], run: delalloc },
+        Case {
+            name: "dirty_hole_beside_a_shared_block_is_not_zero",
+            needs: &[Need::Reflink],
+            run: dirty_hole,
+        },
         Case { name: "unknown_cache_is_undecided", needs: &[Need::Unowned], run: unknown_cache },
         Case { name: "residency_none_some_all", needs: &[Need::Evict], run: residency },
         Case { name: "looking_changes_nothing", needs: &[], run: unchanged },
@@ -85,6 +90,21 @@ fn delalloc<R: Rig>(rig: &mut R) {
     if look.found.dirty_pages != Some(0) {
         assert!((0..4).all(|p| !look.page(p).is_decided()), "{:?}", look.layout);
     }
+}
+
+/// Found by the random case on Linux 6.18: XFS reserves a write into a hole beside a shared dirty block in its
+/// copy-on-write fork, and the map goes on showing a hole.
+fn dirty_hole<R: Rig>(rig: &mut R) {
+    rig.put("a", &noise(1, 4 * PAGE as usize + 200));
+    rig.reflink(Path::new("a"), Path::new("b")).expect("reflink");
+    rig.write(Path::new("b"), 4 * PAGE + 100, &noise(2, 100)).expect("write to a shared block");
+    rig.write(Path::new("b"), 7 * PAGE, &noise(3, PAGE as usize)).expect("write beside it");
+    let look = rig.look("b");
+    assert_ne!(look.page(7), Identity::Zero, "written, whatever the map shows: {:?}", look.found.extents);
+    rig.fsync(Path::new("b")).expect("fsync");
+    let look = rig.look("b");
+    assert_ne!(look.page(7), Identity::Zero);
+    assert_eq!(look.page(6), Identity::Zero);
 }
 
 fn unknown_cache<R: Rig>(rig: &mut R) {

@@ -16,11 +16,13 @@ use pagefold_fsadapters::source::{FileSource, FsDescription, FsError, Inspection
 
 mod cache;
 mod files;
+mod kernel_rig;
 mod maps;
 pub mod random;
 mod sharing;
 mod sim_rig;
 
+pub use kernel_rig::{KernelFs, KernelRig};
 pub use sim_rig::SimRig;
 
 /// What a case needs and not every rig has.

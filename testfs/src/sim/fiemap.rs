@@ -1,7 +1,7 @@
 //! The extent map of a file as its flavour's FIEMAP answers it.
 //!
-//! Up to EOF, in file order, lengths in whole blocks. What it deliberately does not do: look at the cache on XFS. A
-//! map there shows what is on disk, or was.
+//! Up to EOF, in file order, lengths in whole blocks. What it deliberately does not do: make up for what the cache knows
+//! better. A map shows what is on disk, or was, and XFS does not even show every reservation.
 
 use std::io;
 
@@ -11,6 +11,9 @@ use rustix::io::Errno;
 use super::node::{FileBody, Mapped, NodeId};
 use super::rng::mix;
 use super::world::{Fs, World};
+
+/// XFS reserves copies of shared blocks in aligned windows of this many blocks (its default `cowextsize`).
+const COW_WINDOW_BLOCKS: u64 = 32;
 
 impl World {
     /// FIEMAP without `FIEMAP_FLAG_SYNC`.
@@ -30,6 +33,9 @@ impl World {
             out.push(RawExtent { logical: 0, physical: 0, length, flags });
         }
         for (index, mapped) in file.blocks.range(..file.size.div_ceil(block)) {
+            if *mapped == Mapped::Delalloc && self.hidden_beside_cow(fs, file, *index) {
+                continue;
+            }
             let one = self.one_block(fs, file, *index, *mapped);
             match out.last_mut() {
                 Some(last) if joins(last, &one) && !cut_here(*index) => last.length += block,
@@ -68,6 +74,19 @@ impl World {
             ),
         };
         RawExtent { logical: index * block, physical, length: block, flags }
+    }
+
+    /// Whether a reservation lies in a window in which a shared block waits to be copied.
+    fn hidden_beside_cow(&self, fs: &Fs, file: &FileBody, index: u64) -> bool {
+        if !fs.habits.hides_delalloc_beside_cow {
+            return false;
+        }
+        let start = index - index % COW_WINDOW_BLOCKS;
+        let device = fs.device_ref(file.realtime);
+        file.blocks.range(start..start + COW_WINDOW_BLOCKS).any(|(i, m)| match m {
+            Mapped::Data(b) => device.refs(*b) > 1 && self.block_is_dirty(file, *i, fs.habits.block_bytes),
+            _ => false,
+        })
     }
 
     fn block_is_dirty(&self, file: &FileBody, index: u64, block: u64) -> bool {

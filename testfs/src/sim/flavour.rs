@@ -41,6 +41,9 @@ pub struct Habits {
     pub compress: bool,
     /// Dirty pages over a preallocated extent show as DELALLOC (btrfs); otherwise they go on showing as UNWRITTEN.
     pub delalloc_over_unwritten: bool,
+    /// A write into a hole beside a dirty shared block is reserved with that block's copy, where no map shows it: XFS's
+    /// copy-on-write fork reserves aligned windows of 32 blocks. Seen on Linux 6.18 by the conformance cases.
+    pub hides_delalloc_beside_cow: bool,
     /// Preallocated extents are shared by a reflink; otherwise the copy has a hole there.
     pub reflinks_unwritten: bool,
     /// Subvolumes and snapshots.
@@ -73,6 +76,7 @@ impl Flavour {
             inline_max_bytes: 0,
             compress: false,
             delalloc_over_unwritten: false,
+            hides_delalloc_beside_cow: true,
             reflinks_unwritten: false,
             snapshots: false,
             realtime: false,
@@ -82,6 +86,7 @@ impl Flavour {
             cow_always: true,
             inline_max_bytes: 2048,
             delalloc_over_unwritten: true,
+            hides_delalloc_beside_cow: false,
             reflinks_unwritten: true,
             snapshots: true,
             ..xfs
