@@ -175,7 +175,8 @@ impl JobFile {
             return Err(Verdict::Moved);
         }
         let (mut fd, mut stat_lies) = (fd, false);
-        if now.inode != job.inode {
+        let replaced = now.inode != job.inode;
+        if replaced {
             (fd, stat_lies) = real_file(job.inode, now.inode.dev, fd, &mut learnt.overlays)?;
             now = Look { inode: job.inode, ..look(&fd).map_err(Verdict::Failed)? };
         }
@@ -187,7 +188,8 @@ impl JobFile {
             .ok_or_else(|| Verdict::Failed(FsError::new(FsOp::Read, Errno::INVAL)))?;
         todo.reverse();
         let direct = mode.direct && now.direct_align.is_none_or(|align| align > 0 && align as usize <= page);
-        let direct = set_direct(&fd, direct);
+        // As opened: nothing to change. O_NONBLOCK, set for the open, does not matter to the file systems that read directly.
+        let direct = if direct && !replaced { true } else { set_direct(&fd, direct) };
         let guard = CacheGuard::new(&fd, &job.ranges, stat_lies);
         let dont_cache = !learnt.no_dont_cache.contains(&job.inode.dev);
         let hashes = vec![PageHash::default(); pages];
@@ -243,8 +245,17 @@ impl JobFile {
                 self.verdict = Some(Verdict::Moved);
                 return Step::Done;
             }
-            // Direct reads go on at a page boundary only.
-            return Step::Again(have - have % page);
+            // Direct reads go on at a page boundary only. A read that ends within the page it began in will do so again
+            // where the file was cut short: not for ever.
+            let next = have - have % page;
+            if next <= filled {
+                if self.retries_left == 0 {
+                    self.verdict = Some(Verdict::Moved);
+                    return Step::Done;
+                }
+                self.retries_left -= 1;
+            }
+            return Step::Again(next);
         }
         buffer[wanted..whole].fill(0);
         for (hash, bytes) in
@@ -259,6 +270,8 @@ impl JobFile {
         match error.raw_os_error().map(Errno::from_raw_os_error) {
             Some(Errno::INTR | Errno::AGAIN) if self.retries_left > 0 => {
                 self.retries_left -= 1;
+                // Clears O_NONBLOCK, without which no file system says EAGAIN for ever.
+                self.direct = set_direct(&*self.fd, self.direct);
                 Step::Again(filled)
             }
             Some(Errno::OPNOTSUPP | Errno::INVAL) if asked.dont_cache => {
@@ -334,7 +347,7 @@ fn set_direct(fd: impl AsFd, direct: bool) -> bool {
     let Ok(flags) = rustix::fs::fcntl_getfl(fd) else { return false };
     let mut wanted = flags;
     wanted.set(OFlags::DIRECT, direct);
-    // It was for the open; a file system without asynchronous reads would answer EAGAIN for ever.
+    // It was for the open; without asynchronous reads a file system would answer EAGAIN for ever.
     wanted.remove(OFlags::NONBLOCK);
     let set = flags == wanted || rustix::fs::fcntl_setfl(fd, wanted).is_ok();
     let direct = if set { direct } else { flags.contains(OFlags::DIRECT) };
