@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::cmd_farm::FarmArgs;
 use crate::scan_args::ScanArgs;
 
 /// Find page-cache pages that are the same and make them one again.
@@ -18,6 +19,8 @@ pub struct Cli {
 pub enum Command {
     /// Tell how much page cache directory trees waste on equal pages, and what merging would give back.
     Scan(ScanArgs),
+    /// Make and remove container farms: roots from one image with known differences, for tests and trials.
+    Farm(FarmArgs),
 }
 
 /// How a report is written.

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod cmd_farm;
 mod exit;
 mod human;
 mod interrupt;
@@ -17,7 +18,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pagefold_fsadapters::os::Os;
-use pagefold_fsadapters::scan::{Progress, ScanReport, scan};
+use pagefold_fsadapters::scan::{Progress, RootReport, ScanReport, path_text, scan};
 
 use args::{Cli, Command, Format};
 pub use exit::Exit;
@@ -49,6 +50,7 @@ pub fn run_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<Exit> {
     match cli.command {
         Command::Scan(args) => run_scan(&args),
+        Command::Farm(args) => cmd_farm::run(&args),
     }
 }
 
@@ -62,8 +64,16 @@ fn run_scan(args: &scan_args::ScanArgs) -> anyhow::Result<Exit> {
         let _bar = progress_bar::show(scope, progress);
         scan(&Os::new(), &config, progress)
     });
+    let exit = exit_of(&report);
+    if exit == Exit::Error && args.format == Format::Table {
+        // An empty table would hide the one thing there is to say.
+        for error in &report.errors {
+            eprintln!("pagefold: {}: {}", path_text(&error.path), error.error);
+        }
+        return Ok(exit);
+    }
     write_report(&report, args.format)?;
-    Ok(exit_of(&report))
+    Ok(exit)
 }
 
 fn write_report(report: &ScanReport, format: Format) -> anyhow::Result<()> {
@@ -81,9 +91,9 @@ fn write_report(report: &ScanReport, format: Format) -> anyhow::Result<()> {
 
 /// 2 when no root could be scanned at all; 1 when something is missing from the figures.
 fn exit_of(report: &ScanReport) -> Exit {
-    if report.roots.is_empty()
-        || report.roots.iter().all(|r| report.errors.iter().any(|e| e.path == r.path && r.sizes.files == 0))
-    {
+    let nothing_of =
+        |root: &RootReport| root.sizes.files == 0 && report.errors.iter().any(|e| e.path == root.path);
+    if report.roots.iter().all(nothing_of) {
         return Exit::Error;
     }
     if report.partial || !report.errors.is_empty() { Exit::Partial } else { Exit::Done }
