@@ -190,6 +190,11 @@ impl JobFile {
         let direct = mode.direct && now.direct_align.is_none_or(|align| align > 0 && align as usize <= page);
         // As opened: nothing to change. O_NONBLOCK, set for the open, does not matter to the file systems that read directly.
         let direct = if direct && !replaced { true } else { set_direct(&fd, direct) };
+        if direct {
+            // btrfs finishes a direct read that came out short through the cache, and reads ahead: past the ranges that the
+            // guard knows.
+            let _ = rustix::fs::fadvise(&fd, 0, None, rustix::fs::Advice::Random);
+        }
         let guard = CacheGuard::new(&fd, &job.ranges, stat_lies);
         let dont_cache = !learnt.no_dont_cache.contains(&job.inode.dev);
         let hashes = vec![PageHash::default(); pages];
