@@ -5,11 +5,13 @@
 //! share map.
 #![forbid(unsafe_code)]
 
+pub mod doctor;
 pub mod fsid;
 pub mod mountinfo;
 pub mod os;
 pub mod overlay;
 pub mod reader;
+pub mod reflink;
 pub mod residency;
 pub mod scan;
 pub mod source;

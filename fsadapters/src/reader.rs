@@ -26,8 +26,8 @@ use crate::source::{PageHash, ReadJob, ReadOptions, ReadOutcome};
 /// The most bytes one read asks for.
 const READ_BYTES_MAX: usize = 1 << 20;
 
-/// Memory for the buffers of one thread, at most: bounds the reads' length at great queue depths.
-const BUFFER_BYTES_MAX: usize = 64 << 20;
+/// Memory for the buffers of one thread, at most. More fits no cache: the pages would be cold when they are hashed.
+const BUFFER_BYTES_MAX: usize = 16 << 20;
 
 /// Jobs taken from the shared iterator at once: few enough that threads stay near each other on the disk.
 const JOBS_PER_GRAB: usize = 16;

@@ -9,6 +9,7 @@ pub mod fiemap;
 pub mod handle;
 pub mod identity;
 mod ioc;
+pub mod probe;
 pub mod reflink;
 pub mod uring;
 

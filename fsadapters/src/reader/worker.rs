@@ -18,6 +18,9 @@ pub(super) const fn requests(depth: u32) -> u32 {
     depth + opens_ahead(depth)
 }
 
+/// Bytes hashed before the ring is looked after again.
+const HASHED_BETWEEN_SUBMITS: usize = 128 << 10;
+
 /// Files that are being opened or wait, opened, to be read.
 const fn opens_ahead(depth: u32) -> u32 {
     if depth < 8 { 8 } else { depth }
@@ -94,12 +97,18 @@ impl<'a, 'b> Worker<'a, 'b> {
             self.top_up();
             // Errors come back from the next wait.
             let _ = self.ring.submit();
+            let mut hashed = 0;
             for event in events.drain(..) {
                 let Event::Read { token, buffer, result } = event else { continue };
+                hashed += result.as_ref().copied().unwrap_or(0);
                 self.read_done(token as usize, buffer, result);
-                // A long chunk takes longer to hash than a read takes: keep the disk busy in between.
-                if self.top_up() {
-                    let _ = self.ring.submit();
+                // Hashing this much takes longer than a read: keep the disk busy in between. Not after each small file: a
+                // system call each costs more than it gains.
+                if hashed >= HASHED_BETWEEN_SUBMITS {
+                    hashed = 0;
+                    if self.top_up() {
+                        let _ = self.ring.submit();
+                    }
                 }
             }
         }
