@@ -70,6 +70,20 @@ impl Case {
                 _ => {}
             }
         }
+        self.settle();
+    }
+
+    /// Waits until read-ahead that is still under way has come in: `mincore` tells only of pages that are up to date.
+    fn settle(&self) {
+        let mut now = self.by_bytes.clone();
+        loop {
+            let before = now.clone();
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            now.look_at_cache().expect("readable");
+            if now == before && now.expected().totals.resident_bytes == fincore_pages(&now) * PAGE {
+                return;
+            }
+        }
     }
 
     fn roots(&self) -> Vec<PathBuf> {
