@@ -31,3 +31,4 @@ mod stable;
 mod sweep;
 pub mod units;
 mod unstable;
+mod visit;

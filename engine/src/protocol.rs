@@ -229,23 +229,27 @@ impl Protected {
             Evidence::Bytes => self.judge_bytes(host, anchor.shared),
             Evidence::Kernel => self.judge_kernel(host, anchor.shared),
         };
-        self.conclude(judged, Some(*anchor))
+        match judged {
+            Ok(judged) => self.conclude(judged, Some(*anchor)),
+            Err(error) => Proving::Failed(self, error),
+        }
     }
 
     /// Shows that every byte of these pages is zero.
     pub fn prove_zero(self, host: &mut dyn MergeHost) -> Proving {
-        let judged = host.compare_zero(self.span).map(|o| Judged::compared(o, Evidence::Bytes));
-        self.conclude(judged, None)
+        match host.compare_zero(self.span) {
+            Ok(outcome) => self.conclude(Judged::compared(outcome, Evidence::Bytes), None),
+            Err(error) => Proving::Failed(self, error),
+        }
     }
 
-    fn conclude(self, judged: Result<Judged, HostError>, anchor: Option<Anchor>) -> Proving {
+    fn conclude(self, judged: Judged, anchor: Option<Anchor>) -> Proving {
         match judged {
-            Ok(Judged::Equal(by)) => Proving::Proven(Proof { site: self, anchor, by }),
-            Ok(Judged::Unequal(at, why)) => {
+            Judged::Equal(by) => Proving::Proven(Proof { site: self, anchor, by }),
+            Judged::Unequal(at, why) => {
                 let at = PageCount(at.0.min(self.span.pages.0 - 1));
                 Proving::Unequal { site: self, at, why }
             }
-            Err(error) => Proving::Failed(self, error),
         }
     }
 
@@ -287,6 +291,7 @@ impl Drop for Protected {
     }
 }
 
+#[derive(Clone, Copy)]
 enum Judged {
     Equal(Evidence),
     Unequal(PageCount, Decision),

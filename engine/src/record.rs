@@ -353,3 +353,132 @@ impl Records {
         self.counters.assert_identity();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::PageIndex;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn owner(mapping: MappingId) -> Owner {
+        let backend = if mapping.0.is_multiple_of(2) { Backend::Remap } else { Backend::Arena };
+        Owner { domain: DomainId(0), backend }
+    }
+
+    fn at(mapping: u32, start: u64, pages: u64) -> Span {
+        make_span(MappingId(mapping), start, pages)
+    }
+
+    fn shared(page: u64, private: u64) -> SiteRecord {
+        SiteRecord::new(SiteState::Shared { page: SharedPage(page), private: Private(private) })
+    }
+
+    fn pages(start: u64, pages: u64) -> SharedSpan {
+        SharedSpan { start: SharedPage(start), pages: PageCount(pages) }
+    }
+
+    #[test]
+    fn ten_million_merged_pages_are_few_entries() {
+        let mut records = Records::default();
+        for mapping in 0..2 {
+            for part in 0..100 {
+                let span = at(mapping, part * 100_000, 100_000);
+                records.enter(owner(span.mapping), span, shared(part * 100_000, 0));
+            }
+        }
+        let g = records.counters.total().gauges;
+        assert_eq!((g.pages_shared, g.pages_sharing), (10_000_000, 10_000_000));
+        // One run a mapping, one run of sharers, and a holder entry per mapping for every 512 pages.
+        assert!(records.entries() <= 3 + 2 * (10_000_000 / 512 + 1), "{}", records.entries());
+        let site = Site { mapping: MappingId(1), offset: PageIndex(7_654_321) };
+        assert_eq!(records.get(site).map(|(r, _)| r), Some(shared(7_654_321, 0)));
+        let found = records.holders(pages(7_654_321, 1), Some(MappingId(0)));
+        assert_eq!(found, [Holder { site: at(0, 7_654_321, 1), page: SharedPage(7_654_321) }]);
+    }
+
+    #[test]
+    fn the_last_site_that_leaves_makes_an_orphan_k013_k014() {
+        let mut records = Records::default();
+        records.enter(owner(MappingId(1)), at(1, 0, 8), shared(100, 1));
+        records.enter(owner(MappingId(2)), at(2, 50, 8), shared(100, 2));
+        assert_eq!(records.leave(owner(MappingId(2)), at(2, 52, 2)).orphans, []);
+        assert_eq!(records.leave(owner(MappingId(1)), at(1, 0, 8)).orphans, [pages(102, 2)]);
+        let g = records.counters.total().gauges;
+        assert_eq!((g.sites, g.pages_shared, g.pages_sharing), (6, 6, 0));
+        records.audit(owner);
+    }
+
+    #[test]
+    #[should_panic(expected = "two domains")]
+    fn a_second_domain_can_not_show_a_shared_page() {
+        let mut records = Records::default();
+        records.enter(owner(MappingId(1)), at(1, 0, 1), shared(100, 0));
+        let foreign = Owner { domain: DomainId(1), backend: Backend::Arena };
+        records.enter(foreign, at(2, 0, 1), shared(100, 0));
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    struct Put {
+        mapping: u32,
+        start: u64,
+        pages: u64,
+        to: Option<u64>,
+        private: u64,
+    }
+
+    fn put() -> impl Strategy<Value = Put> {
+        // Around a chunk bound of the reverse entries, so that runs cross it.
+        let to = prop_oneof![1 => Just(None), 3 => (500..530u64).prop_map(Some)];
+        (0..3u32, 0..40u64, 1..14u64, to, 0..2u64).prop_map(|(mapping, start, pages, to, private)| Put {
+            mapping,
+            start,
+            pages,
+            to,
+            private,
+        })
+    }
+
+    proptest! {
+        /// Against one entry a page: records, look-ups by (shared page, mapping), orphans and gauges.
+        #[test]
+        fn records_are_exact_to_the_page_w011_w012(puts in proptest::collection::vec(put(), 1..25)) {
+            let mut records = Records::default();
+            let mut model: BTreeMap<(u32, u64), (u64, u64)> = BTreeMap::new();
+            for p in puts {
+                let span = at(p.mapping, p.start, p.pages);
+                let before: BTreeSet<u64> = model.values().map(|v| v.0).collect();
+                let left = records.leave(owner(span.mapping), span);
+                model.retain(|(m, o), _| *m != p.mapping || *o < p.start || *o >= p.start + p.pages);
+                let after: BTreeSet<u64> = model.values().map(|v| v.0).collect();
+                let orphans: Vec<u64> =
+                    left.orphans.iter().flat_map(|s| s.start.0..s.end().0).collect();
+                let expected: Vec<u64> = before.difference(&after).copied().collect();
+                prop_assert_eq!(orphans.iter().copied().collect::<BTreeSet<_>>().len(), orphans.len());
+                prop_assert!(expected.iter().all(|n| orphans.contains(n)) && orphans.len() == expected.len());
+                if let Some(to) = p.to {
+                    records.enter(owner(span.mapping), span, shared(to, p.private));
+                    model.extend((0..p.pages).map(|n| ((p.mapping, p.start + n), (to + n, p.private))));
+                }
+                records.audit(owner);
+                for mapping in 0..3 {
+                    for page in 505..520 {
+                        let found = records.holders(pages(page, 1), Some(MappingId(mapping)));
+                        let mut found: Vec<u64> = found.iter().map(|h| h.site.start.0).collect();
+                        found.sort_unstable();
+                        let expected: Vec<u64> = model
+                            .iter()
+                            .filter(|((m, _), (p, _))| *m == mapping && *p == page)
+                            .map(|((_, o), _)| *o)
+                            .collect();
+                        prop_assert_eq!(found, expected);
+                    }
+                }
+                let distinct = model.values().map(|v| v.0).collect::<BTreeSet<_>>().len() as u64;
+                let g = records.counters.total().gauges;
+                prop_assert_eq!((g.sites, g.pages_shared), (model.len() as u64, distinct));
+                prop_assert_eq!(g.pages_sharing, model.len() as u64 - distinct);
+            }
+        }
+    }
+}

@@ -451,6 +451,18 @@ fn nobody_finds_a_mate_in_an_unregistered_range_k128() {
 }
 
 #[test]
+fn records_outside_the_ranges_go_with_the_next_pass_k052_k084() {
+    let mut rig = Rig::big();
+    rig.map(content(1), &[1, 2, 3, 4, 5, 6], None);
+    rig.passes(2);
+    rig.engine.unregister(&mut rig.host, span(1, 1, 2)).unwrap();
+    rig.engine.unregister(&mut rig.host, span(1, 5, 1)).unwrap();
+    assert_eq!(rig.gauges().sites, 6);
+    rig.step();
+    assert_eq!(rig.gauges().sites, 3);
+}
+
+#[test]
 fn a_writer_waits_until_its_pages_are_its_own_design_4() {
     let mut rig = Rig::big();
     rig.map(file(1, 0), &[5, 6, 7], Some(10));
@@ -543,6 +555,44 @@ fn relocation_keeps_every_site_m001_m011() {
     rig.map(content(3), &[40], None);
     rig.step();
     assert_eq!(rig.pages(), (1, 2, 0, 0), "found under its key still");
+}
+
+#[test]
+fn nodes_merge_apart_and_a_moved_page_is_filed_anew_m017_m018_m019() {
+    let mut rig = Rig::big();
+    rig.engine.set_knobs(Knobs { merge_across_nodes: false, ..rig.engine.knobs() });
+    for id in 1..=4 {
+        rig.map(content(id), &[40], None);
+        rig.host.set_node(id, u16::from(id > 2));
+    }
+    rig.passes(2);
+    assert_eq!(rig.pages(), (2, 2, 0, 0), "one shared page a node");
+    // The page of node 0 moves to node 1, which has an equal one already: both stay, nothing is mixed up.
+    let from = rig.host.any_shared().unwrap();
+    let to = rig.host.relocate(from, None);
+    let one = |n| SharedSpan { start: SharedPage(n), pages: PageCount(1) };
+    rig.engine.relocated(one(from), one(to), NodeId(1), None);
+    rig.check();
+    rig.map(content(5), &[40], None);
+    rig.step();
+    assert!(!rig.host.is_shared(site(5, 0)), "node 0 has no shared page any more (M-019)");
+    rig.map(content(6), &[40], None);
+    rig.host.set_node(6, 1);
+    rig.step();
+    assert_eq!(rig.engine.shared_at(site(6, 0)), Some(SharedPage(to)));
+    rig.engine.set_run(&mut rig.host, Run::Unmerge).unwrap();
+    assert_eq!(rig.host.shared_count(), 0);
+}
+
+/// W-034: `ContentDedupe` asks the kernel first and falls back to bytes.
+#[test]
+fn a_kernel_proof_falls_back_to_bytes() {
+    let mut rig = Rig::big();
+    let dedupe = |id| Registration { route: Route::ContentDedupe, ..file(id, 0) };
+    rig.map(dedupe(1), &[40], None);
+    rig.map(dedupe(2), &[40], None);
+    rig.passes(2);
+    assert_eq!((rig.decided(Decision::MergedBytes), rig.decided(Decision::MergedKernel)), (2, 0));
 }
 
 #[test]

@@ -42,6 +42,7 @@ struct Page {
     protected: bool,
     stamp: u64,
     shows: Shows,
+    node: u16,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -143,6 +144,7 @@ impl FakeHost {
             protected: false,
             stamp: 0,
             shows: Shows::Own,
+            node: 0,
         };
         self.maps.entry(at.mapping).or_default().pages.insert(at.offset.0, page);
         self.truth.insert(at, content);
@@ -150,6 +152,11 @@ impl FakeHost {
 
     fn page(&mut self, at: Site) -> Option<&mut Page> {
         self.maps.get_mut(&at.mapping)?.pages.get_mut(&at.offset.0)
+    }
+
+    pub fn set_node(&mut self, mapping: u32, node: u16) {
+        let map = self.maps.get_mut(&MappingId(mapping)).expect("mapped");
+        map.pages.values_mut().for_each(|p| p.node = node);
     }
 
     pub fn exists(&self, at: Site) -> bool {
@@ -364,8 +371,13 @@ impl MergeHost for FakeHost {
             }
             let shown = self.shown(page);
             match out[first..].last_mut() {
-                Some(last) if goes_on(last, shown, *offset) => last.span.pages.0 += 1,
-                _ => out.push(Observed { span: span(from.mapping.0, *offset, 1), node: NodeId(0), shown }),
+                Some(last) if last.node.0 == page.node && goes_on(last, shown, *offset) => {
+                    last.span.pages.0 += 1
+                }
+                _ => {
+                    let span = span(from.mapping.0, *offset, 1);
+                    out.push(Observed { span, node: NodeId(page.node), shown });
+                }
             }
         }
         Ok(Visit::Upto { next: end })
