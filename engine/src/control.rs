@@ -1,9 +1,9 @@
 //! What happens to the engine from outside: writers, truncation, exit, relocation, unregistration, `run`.
 //!
-//! Invariants: breaking goes by what the host shows, not by records alone, so a forked copy nobody recorded is
-//! broken too (K-066, K-076); a range loses its mark only after all of it was broken; a failed break is reported and keeps its
-//! record. What it deliberately does not do: free the records of broken sites. They stay as volatile until the scanner
-//! passes (K-052), or until `run`=2 has succeeded.
+//! Invariants: breaking goes by what the host shows, not by records alone, so a forked copy nobody
+//! recorded is broken too (K-066, K-076); a range loses its mark only after all of it was broken; a
+//! failed break is reported and keeps its record. What it deliberately does not do: free the records of
+//! broken sites. They stay as volatile until the scanner passes (K-052), or until `run`=2 has succeeded.
 
 use crate::counters::Decision;
 use crate::domain::make_span;
@@ -20,8 +20,8 @@ use crate::units::{MappingId, PageCount, PageIndex, Site, Span};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum UnmergeError {
-    /// No memory for the private copies (K-064). Free some, or raise the group's limit, and try again. A caller that
-    /// speaks KSM's interface turns it into EAGAIN (K-127).
+    /// No memory for the private copies (K-064). Free some, or raise the group's limit, and try again. A
+    /// caller that speaks KSM's interface turns it into EAGAIN (K-127).
     #[error("no memory to unmerge page {} of mapping {}", .0.offset, .0.mapping)]
     NoMemory(Site),
     /// A signal is pending (K-067): restart the call if it was harmless.
@@ -49,8 +49,8 @@ pub enum WriteVerdict {
 const UNMERGE_PAGES: PageCount = PageCount(4096);
 
 impl Engine {
-    /// Takes `span` out of the engine: breaks everything merged in it, then takes its mark off (K-066, K-120). What was
-    /// never registered is passed over (K-069).
+    /// Takes `span` out of the engine: breaks everything merged in it, then takes its mark off (K-066,
+    /// K-120). What was never registered is passed over (K-069).
     ///
     /// # Errors
     /// [`UnmergeError`]: the whole span keeps its mark.
@@ -64,8 +64,8 @@ impl Engine {
         Ok(())
     }
 
-    /// A writer announced itself for `span` and is held back: breaks what is merged there (design 4). The host
-    /// refuses new protections of pages that a writer has open (`Busy`).
+    /// A writer announced itself for `span` and is held back: breaks what is merged there (design 4). The
+    /// host refuses new protections of pages that a writer has open (`Busy`).
     pub fn written(&mut self, host: &mut dyn MergeHost, span: Span) -> WriteVerdict {
         match self.unmerge_all_in(host, span) {
             Ok(()) => WriteVerdict::Go,
@@ -84,9 +84,9 @@ impl Engine {
         self.settle(host);
     }
 
-    /// A mapping is about to be torn down. Never waits (K-090): without records it is forgotten at once (K-095), else the
-    /// scanner does so with its next step, which even a stopped engine takes (K-096, K-102). An unknown mapping is fine
-    /// (K-097).
+    /// A mapping is about to be torn down. Never waits (K-090): without records it is forgotten at once
+    /// (K-095), else the scanner does so with its next step, which even a stopped engine takes (K-096,
+    /// K-102). An unknown mapping is fine (K-097).
     pub fn exit(&mut self, mapping: MappingId) {
         let at_cursor = self.cursor.is_some_and(|c| c.mapping == mapping);
         if self.records.any(mapping) || at_cursor {
@@ -97,9 +97,9 @@ impl Engine {
         }
     }
 
-    /// The host moved shared pages: `from` are `to` now (M-001, M-011), on memory node `node`, and with `place` at another
-    /// place on disk. Call it before anyone can see the new pages. Pages of `from` that have no site any more are
-    /// passed over.
+    /// The host moved shared pages: `from` are `to` now (M-001, M-011), on memory node `node`, and with
+    /// `place` at another place on disk. Call it before anyone can see the new pages. Pages of `from`
+    /// that have no site any more are passed over.
     ///
     /// # Panics
     /// When a page of `to` is one the engine knows already (M-012: the locators contradict each other).
@@ -127,12 +127,12 @@ impl Engine {
         self.records.counters.assert_identity();
     }
 
-    /// Writes `run` (K-070..K-073, K-133). The value already set does nothing. True when a waiting scanner must be
-    /// woken (K-046).
+    /// Writes `run` (K-070..K-073, K-133). The value already set does nothing. True when a waiting
+    /// scanner must be woken (K-046).
     ///
     /// # Errors
-    /// [`UnmergeError`] when unmerging everything failed: `run` is then 0, so that writing 2 again is a new attempt
-    /// (K-072).
+    /// [`UnmergeError`] when unmerging everything failed: `run` is then 0, so that writing 2 again is a
+    /// new attempt (K-072).
     pub fn set_run(&mut self, host: &mut dyn MergeHost, run: Run) -> Result<bool, UnmergeError> {
         if run == self.run {
             return Ok(false);
@@ -231,8 +231,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Breaks a run that shows shared pages. Its records become volatile as far as it got, then its protection is
-    /// lifted (design 3: a site leaves the stable index first).
+    /// Breaks a run that shows shared pages. Its records become volatile as far as it got, then its
+    /// protection is lifted (design 3: a site leaves the stable index first).
     pub(crate) fn break_run(
         &mut self,
         host: &mut dyn MergeHost,
@@ -293,8 +293,8 @@ impl Engine {
         self.lift(host, span);
     }
 
-    /// Brings records into line with what the host showed of `chunk`: what it did not report is absent, and what it reports
-    /// as a mapping's own page is not merged (the kernel copied for a store).
+    /// Brings records into line with what the host showed of `chunk`: what it did not report is absent,
+    /// and what it reports as a mapping's own page is not merged (the kernel copied for a store).
     pub(crate) fn reconcile(&mut self, host: &mut dyn MergeHost, chunk: Span, seen: &[Observed]) {
         let mut at = chunk.start.0;
         for o in seen {
@@ -331,8 +331,8 @@ impl Engine {
         }
     }
 
-    /// Cleans up after one exiting mapping. Its pages and protections go with it: no call to the host for them (K-098,
-    /// K-113).
+    /// Cleans up after one exiting mapping. Its pages and protections go with it: no call to the host for
+    /// them (K-098, K-113).
     pub(crate) fn sweep_one(&mut self, mapping: MappingId) {
         let all = make_span(mapping, 0, u64::MAX);
         for piece in self.forget(all) {
@@ -356,8 +356,8 @@ impl Engine {
 /// The part of `range` that an observation covered.
 ///
 /// # Panics
-/// When the host reported pages out of order, out of range, or made no headway: records would be dropped that are in
-/// use.
+/// When the host reported pages out of order, out of range, or made no headway: records would be dropped
+/// that are in use.
 pub(crate) fn checked_chunk(range: Span, from: PageIndex, next: PageIndex, seen: &[Observed]) -> Span {
     assert!(from < next && next <= range.end(), "observe went from {from} to {next} of {range:?}");
     let mut at = from;

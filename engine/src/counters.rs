@@ -1,10 +1,10 @@
 //! Counters with KSM's names and meanings, kept per domain and backend; totals are sums.
 //!
-//! Invariants: every published page count is exclusive of every other (K-010, K-017), and at rest
-//! `sites = shared + sharing + unshared + zero + volatile` with no term below zero (K-028; `zero` is ours, see
-//! [`Gauges::zero_pages`]). Gauges move only where a site enters or leaves a state (K-011): in `record`, nowhere else.
-//! Every decision of the engine has a counter of its own ([`Decision`]). What this module deliberately does not do:
-//! derive anything from an allocator (K-027).
+//! Invariants: every published page count is exclusive of every other (K-010, K-017), and at rest `sites
+//! = shared + sharing + unshared + zero + volatile` with no term below zero (K-028; `zero` is ours, see
+//! [`Gauges::zero_pages`]). Gauges move only where a site enters or leaves a state (K-011): in `record`,
+//! nowhere else. Every decision of the engine has a counter of its own ([`Decision`]). What this module
+//! deliberately does not do: derive anything from an allocator (K-027).
 
 use std::collections::BTreeMap;
 use std::ops::AddAssign;
@@ -17,23 +17,24 @@ use crate::units::{DomainId, PageCount};
 pub struct Gauges {
     /// Pages the engine keeps a record of (K-021).
     pub sites: u64,
-    /// Distinct shared pages in use (K-001). Where sites of several backends show one page it is booked to the first of
-    /// them in the order of [`Backend::ALL`], so that sums over backends count it once.
+    /// Distinct shared pages in use (K-001). Where sites of several backends show one page it is booked
+    /// to the first of them in the order of [`Backend::ALL`], so that sums over backends count it once.
     pub pages_shared: u64,
     /// Further sites that show them (K-002): pages saved.
     pub pages_sharing: u64,
     /// Candidates that wait for a mate (K-020).
     pub pages_unshared: u64,
-    /// Sites that show the zero page (`use_zero_pages`): pages saved as well. KSM's `ksm_zero_pages`; not in K-028's
-    /// sum, where the kernel has no record of such a page.
+    /// Sites that show the zero page (`use_zero_pages`): pages saved as well. KSM's `ksm_zero_pages`; not
+    /// in K-028's sum, where the kernel has no record of such a page.
     pub zero_pages: u64,
-    /// Book-keeping's own count of sites in none of these states; K-028 compares it with [`Gauges::pages_volatile`].
+    /// Book-keeping's own count of sites in none of these states; K-028 compares it with
+    /// [`Gauges::pages_volatile`].
     pub(crate) rest: u64,
 }
 
 impl Gauges {
-    /// Pages that change too fast, plus every other condition that keeps a site out of both indexes (K-022, K-024):
-    /// computed, never maintained (K-023); negatives show as 0.
+    /// Pages that change too fast, plus every other condition that keeps a site out of both indexes
+    /// (K-022, K-024): computed, never maintained (K-023); negatives show as 0.
     #[must_use]
     pub fn pages_volatile(&self) -> u64 {
         u64::try_from(self.volatile_signed()).unwrap_or(0)

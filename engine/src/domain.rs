@@ -1,9 +1,10 @@
 //! Who takes part: mappings, their registered ranges, and the trust domain each belongs to.
 //!
-//! Invariant: a mapping belongs to one domain and one backend for as long as it is known, and loses a range only
-//! after everything merged in it was broken (K-066; the caller breaks, this module remembers). Nothing is ever shared
-//! across domains: indexes are per domain and every merge asserts it. What it deliberately does not do: wait. An
-//! exiting mapping is only marked; the scanner cleans up (K-090, K-091).
+//! Invariant: a mapping belongs to one domain and one backend for as long as it is known, and loses a
+//! range only after everything merged in it was broken (K-066; the caller breaks, this module remembers).
+//! Nothing is ever shared across domains: indexes are per domain and every merge asserts it. What it
+//! deliberately does not do: wait. An exiting mapping is only marked; the scanner cleans up (K-090,
+//! K-091).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -42,12 +43,12 @@ impl Backend {
     }
 }
 
-/// How equal pages of a mapping are found. W-034: sharing proved by common storage and sharing of mere content are
-/// told apart in switches and figures.
+/// How equal pages of a mapping are found. W-034: sharing proved by common storage and sharing of mere
+/// content are told apart in switches and figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Route {
-    /// By place on disk. The checksum filter is left out: storage that is the same does not need two looks.
-    /// Pages whose place is undecided are left alone.
+    /// By place on disk. The checksum filter is left out: storage that is the same does not need two
+    /// looks. Pages whose place is undecided are left alone.
     Physical,
     /// By digest, with the checksum filter (K-058, K-059), proved by comparing bytes.
     Content,
@@ -85,8 +86,8 @@ pub struct Owner {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegisterError {
-    /// It is known, but as something else. Unregister it first: a change of domain under merged pages would mix
-    /// domains.
+    /// It is known, but as something else. Unregister it first: a change of domain under merged pages
+    /// would mix domains.
     #[error("mapping {0} is registered with another domain, backend, protection or route")]
     Different(MappingId),
     /// It is on its way out.

@@ -2,38 +2,43 @@
 //!
 //! # The two indexes and what each guarantees
 //!
-//! Pages that are equal are found through two indexes per trust domain. The **stable** index names shared pages: each is
-//! immutable, exists now and is shown by at least one recorded site. What is found there will still be true when it is
-//! acted on, so a candidate may be joined to it at once. The **unstable** index names candidates of this pass. Nobody keeps
-//! them from being written, so what is found there may be wrong by now; it only says who is worth a try. Its upkeep
-//! would cost a write fault for every page in it, so instead it is thrown away after every pass, and a page enters it
-//! only if its checksum was the same a pass ago (pages found by their place on disk enter at once: equal extents
-//! don't become equal by waiting). Both are ordered by key, a place on disk or a digest, and never by bytes: the engine
-//! never sees a byte.
+//! Pages that are equal are found through two indexes per trust domain. The **stable** index names shared
+//! pages: each is immutable, exists now and is shown by at least one recorded site. What is found there
+//! will still be true when it is acted on, so a candidate may be joined to it at once. The **unstable**
+//! index names candidates of this pass. Nobody keeps them from being written, so what is found there may
+//! be wrong by now; it only says who is worth a try. Its upkeep would cost a write fault for every page
+//! in it, so instead it is thrown away after every pass, and a page enters it only if its checksum was
+//! the same a pass ago (pages found by their place on disk enter at once: equal extents don't become
+//! equal by waiting). Both are ordered by key, a place on disk or a digest, and never by bytes: the
+//! engine never sees a byte.
 //!
 //! # The order of steps, and why
 //!
-//! For each page: look in the stable index, and join what is found there (1). Otherwise, if the page held still since the last
-//! pass (2), look in the unstable index: a mate there means that both are protected, a new shared page is
-//! made from the mate, and both are merged into it and leave for the stable index (3). Otherwise the page waits in the
-//! unstable index for its mate (4). Stable first, or equal pages would found a second shared page beside the first.
+//! For each page: look in the stable index, and join what is found there (1). Otherwise, if the page held
+//! still since the last pass (2), look in the unstable index: a mate there means that both are protected,
+//! a new shared page is made from the mate, and both are merged into it and leave for the stable index
+//! (3). Otherwise the page waits in the unstable index for its mate (4). Stable first, or equal pages
+//! would found a second shared page beside the first.
 //!
-//! For each merge: **protect, prove, share.** Comparing before protecting is the tempting order, since most failures
-//! would show without any protection to undo; but then a write between the comparison and the protection is lost.
-//! Replacing under the same lock as protecting would need no stamp; but comparing takes long, and the writers of a page
-//! may be held up only for a moment (P-016), so protection and replacement are two short critical sections and the
-//! second one checks that nothing came in between (P-004): if so the merge is off and the page stays a candidate.
+//! For each merge: **protect, prove, share.** Comparing before protecting is the tempting order, since
+//! most failures would show without any protection to undo; but then a write between the comparison and
+//! the protection is lost. Replacing under the same lock as protecting would need no stamp; but comparing
+//! takes long, and the writers of a page may be held up only for a moment (P-016), so protection and
+//! replacement are two short critical sections and the second one checks that nothing came in between
+//! (P-004): if so the merge is off and the page stays a candidate.
 //!
-//! For each break: the private copy first, then the record goes, then the protection, then (after the last site) the
-//! shared page. A failed break keeps its record, and the range its registered mark, until a later try succeeds (K-065,
-//! K-066).
+//! For each break: the private copy first, then the record goes, then the protection, then (after the
+//! last site) the shared page. A failed break keeps its record, and the range its registered mark, until
+//! a later try succeeds (K-065, K-066). Only a last sharer leaves the stable index even if its break failed
+//! (K-035), so that nobody joins a page that is on its way out; the next pass meets it as a stray.
 //!
 //! # What it deliberately does not do
 //!
-//! No I/O, no clock, no thread: the owner calls [`Engine::step`] when the returned [`crate::policy::Action`] says so, and the event
-//! methods when something happens. Every method takes `&mut self`, which is the engine lock of requirements
-//! 1.14; no method waits for anybody, so an exit never waits for the engine (K-090). The residual of K-116 (an allocation for one
-//! mapping in the middle of another's death) is the host's: it must allocate before it locks (K-117).
+//! No I/O, no clock, no thread: the owner calls [`Engine::step`] when the returned
+//! [`crate::policy::Action`] says so, and the event methods when something happens. Every method takes
+//! `&mut self`, which is the engine lock of requirements 1.14; no method waits for anybody, so an exit
+//! never waits for the engine (K-090). The residual of K-116 (an allocation for one mapping in the middle
+//! of another's death) is the host's: it must allocate before it locks (K-117).
 
 use std::collections::BTreeMap;
 
@@ -134,7 +139,8 @@ impl Engine {
         engine
     }
 
-    /// Changes the knobs from the next batch on. `merge_across_nodes` counts only for what is found from then on.
+    /// Changes the knobs from the next batch on. `merge_across_nodes` counts only for what is found from
+    /// then on.
     pub fn set_knobs(&mut self, knobs: Knobs) {
         self.knobs = Knobs { max_page_sharing: knobs.max_page_sharing.max(2), ..knobs };
     }
@@ -156,8 +162,8 @@ impl Engine {
         self.listeners.add(listener);
     }
 
-    /// Marks `span` as one the scanner may merge in (K-128). Works while stopped (K-126); registering twice is registering
-    /// once. True when a waiting scanner must be woken (K-044).
+    /// Marks `span` as one the scanner may merge in (K-128). Works while stopped (K-126); registering
+    /// twice is registering once. True when a waiting scanner must be woken (K-044).
     ///
     /// # Errors
     /// [`RegisterError`]: nothing was registered.
@@ -196,8 +202,8 @@ impl Engine {
         }
     }
 
-    /// The private state of a site that shows a shared page; looked up by (shared page, mapping), never by the page
-    /// alone (W-012). A mapping may show one page at several offsets: ascending by offset.
+    /// The private state of a site that shows a shared page; looked up by (shared page, mapping), never
+    /// by the page alone (W-012). A mapping may show one page at several offsets: ascending by offset.
     #[must_use]
     pub fn sites_of(&self, page: SharedPage, mapping: MappingId) -> Vec<(PageIndex, Private)> {
         let one = SharedSpan { start: page, pages: PageCount(1) };
@@ -261,8 +267,9 @@ impl Engine {
         self.errors.push(error);
     }
 
-    /// Takes the records inside `span` out of everything: unstable index, stable index, gauges. This is the one place
-    /// where a site leaves (K-082, K-011..K-014); shared pages without a site are owed to the host from here on.
+    /// Takes the records inside `span` out of everything: unstable index, stable index, gauges. This is
+    /// the one place where a site leaves (K-082, K-011..K-014); shared pages without a site are owed to
+    /// the host from here on.
     pub(crate) fn forget(&mut self, span: Span) -> Vec<Piece<SiteRecord>> {
         if self.records.pieces(span).is_empty() {
             return Vec::new();
@@ -345,4 +352,32 @@ const ENTRY_BYTES: usize = 128;
 
 pub(crate) fn overlap(a: Span, b: Span) -> bool {
     a.mapping == b.mapping && a.start < b.end() && b.start < a.end()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlap_is_of_one_mapping_and_half_open() {
+        let at = |m, s, n| make_span(MappingId(m), s, n);
+        assert!(overlap(at(1, 0, 5), at(1, 4, 1)));
+        assert!(!overlap(at(1, 0, 5), at(1, 5, 1)));
+        assert!(!overlap(at(1, 0, 5), at(2, 0, 5)));
+    }
+
+    #[test]
+    fn an_engine_can_live_behind_a_lock() {
+        fn sendable<T: Send>() {}
+        sendable::<Engine>();
+    }
+
+    #[test]
+    fn profit_is_net_of_our_own_memory() {
+        let profit = Profit { saved_bytes: 4096, metadata_bytes: 5000 };
+        assert_eq!(profit.net_bytes(), -904);
+        let idle = Engine::new(Knobs { max_page_sharing: 0, ..Knobs::default() });
+        assert_eq!(idle.profit(PageSize::KIB4), Profit { saved_bytes: 0, metadata_bytes: 0 });
+        assert_eq!(idle.knobs().max_page_sharing, 2, "one sharer is no sharing");
+    }
 }

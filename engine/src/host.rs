@@ -1,13 +1,15 @@
-//! The one seam between the merge engine and whatever owns the pages: real files, anonymous memory, or a simulation.
+//! The one seam between the merge engine and whatever owns the pages: real files, anonymous memory, or a
+//! simulation.
 //!
-//! Invariant: a [`MergeHost`] carries out, the engine decides. Every method is one bounded step that the engine could
-//! not do without I/O; none of them sleeps for another party, retries on its own or remembers a verdict. Expected
-//! races are values ([`ProtectOutcome`], [`ShareOutcome`], ...), never errors; a [`HostError`] means the operation
-//! could not be carried out at all. Whatever comes back, an operation that did not say it succeeded changed nothing.
+//! Invariant: a [`MergeHost`] carries out, the engine decides. Every method is one bounded step that the
+//! engine could not do without I/O; none of them sleeps for another party, retries on its own or
+//! remembers a verdict. Expected races are values ([`ProtectOutcome`], [`ShareOutcome`], ...), never
+//! errors; a [`HostError`] means the operation could not be carried out at all. Whatever comes back, an
+//! operation that did not say it succeeded changed nothing.
 //!
-//! What it deliberately does not know: files. A mapping is a file's address space or a region of anonymous memory and
-//! goes through the same calls (W-003); only [`MergeHost::reread_map`] can have nothing to say (an anonymous page has
-//! no extent), and then bytes decide.
+//! What it deliberately does not know: files. A mapping is a file's address space or a region of
+//! anonymous memory and goes through the same calls (W-003); only [`MergeHost::reread_map`] can have
+//! nothing to say (an anonymous page has no extent), and then bytes decide.
 //!
 //! # The order in which the engine calls
 //!
@@ -23,8 +25,9 @@
 //!
 //! # What the host tells the engine
 //!
-//! Not through this trait (the engine never waits for a host): the owner of both calls the engine's event methods
-//! for a writer that announced itself, truncation, exit, fork (registration of the child) and relocation.
+//! Not through this trait (the engine never waits for a host): the owner of both calls the engine's event
+//! methods for a writer that announced itself, truncation, exit, fork (registration of the child) and
+//! relocation.
 
 use std::fmt;
 
@@ -32,10 +35,10 @@ use crate::identity::Identity;
 use crate::layout::{CacheState, Run};
 use crate::units::{MappingId, PageCount, PageIndex, PageSize, Site, Span};
 
-/// A shared page: the one copy, owned by the host and written by nobody. The number is the host's; a run of shared
-/// pages has consecutive numbers. A host may hand out consecutive numbers for separately made pages (of one anchor
-/// file, say): the engine's records of them then join. A number may be used again after [`MergeHost::release`] and after
-/// the last site that shows the page is gone.
+/// A shared page: the one copy, owned by the host and written by nobody. The number is the host's; a run
+/// of shared pages has consecutive numbers. A host may hand out consecutive numbers for separately made
+/// pages (of one anchor file, say): the engine's records of them then join. A number may be used again
+/// after [`MergeHost::release`] and after the last site that shows the page is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SharedPage(pub u64);
 
@@ -77,9 +80,10 @@ pub struct Digest(pub [u8; 16]);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Private(pub u64);
 
-/// What a protection was when it was set up. A write, pin, truncation, replacement or lapse of protection of any page
-/// of the span since then makes the host refuse the stamp with a `Raced` outcome (P-004). The engine may show it for a part
-/// of the span it was given for; then only that part counts. Never used twice for different protections of one page.
+/// What a protection was when it was set up. A write, pin, truncation, replacement or lapse of protection
+/// of any page of the span since then makes the host refuse the stamp with a `Raced` outcome (P-004). The
+/// engine may show it for a part of the span it was given for; then only that part counts. Never used
+/// twice for different protections of one page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Stamp(pub u64);
 
@@ -110,27 +114,29 @@ pub enum MappingKind {
 pub enum Shown {
     /// The mapping's own page: a candidate.
     Own {
-        /// What the last look at an extent map said of the first page; the others follow by [`Identity::plus`]. A
-        /// hint. `Undecided(NoExtentMap)` for anonymous memory.
+        /// What the last look at an extent map said of the first page; the others follow by
+        /// [`Identity::plus`]. A hint. `Undecided(NoExtentMap)` for anonymous memory.
         hint: Identity,
     },
-    /// A shared page, whether the engine recorded this site or not: a fork copies the table entry, not the record
-    /// (K-053). Such a copy is as protected as the original.
+    /// A shared page, whether the engine recorded this site or not: a fork copies the table entry, not
+    /// the record (K-053). Such a copy is as protected as the original.
     Shared {
         /// Which; the pages of the run have consecutive numbers.
         page: SharedPage,
-        /// Sites that show each of them *now*, counted at every level at which one entry stands for many users
-        /// (H-001, H-030). The same for all pages of the run.
+        /// Sites that show each of them *now*, counted at every level at which one entry stands for many
+        /// users (H-001, H-030). The same for all pages of the run.
         mappings: u64,
         /// The sites' private state (W-012: by site, never by shared page).
         private: Private,
     },
-    /// The shared zero page, put there by [`MergeHost::share`] with [`ShareTarget::Zero`], or a fork of such a site.
+    /// The shared zero page, put there by [`MergeHost::share`] with [`ShareTarget::Zero`], or a fork of
+    /// such a site.
     SharedZero {
         /// The sites' private state.
         private: Private,
     },
-    /// A page the engine may never touch: device or raw memory (K-075), metadata (W-025), huge and not to be split.
+    /// A page the engine may never touch: device or raw memory (K-075), metadata (W-025), huge and not to
+    /// be split.
     Unsuitable,
 }
 
@@ -196,8 +202,8 @@ pub enum Side {
 /// Outcome of [`MergeHost::reread_map`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MapReading {
-    /// The map is read. `Clean` may be said only if the cache was synced and had no dirty and no writeback page both
-    /// before and after the map was read (design 5.6).
+    /// The map is read. `Clean` may be said only if the cache was synced and had no dirty and no
+    /// writeback page both before and after the map was read (design 5.6).
     Read(CacheState),
     /// There is no map to read (anonymous memory, a file system without extents): compare bytes.
     NoMap,
@@ -224,8 +230,8 @@ pub enum CompareOutcome {
 /// Outcome of [`MergeHost::make_shared`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MakeOutcome {
-    /// New shared pages with the bytes the span had under its protection; as many as the span has. The engine holds
-    /// the creator's reference until it calls [`MergeHost::release`].
+    /// New shared pages with the bytes the span had under its protection; as many as the span has. The
+    /// engine holds the creator's reference until it calls [`MergeHost::release`].
     Made(SharedSpan),
     /// The stamp does not hold any more.
     Raced,
@@ -256,16 +262,17 @@ pub enum ShareOutcome {
     NoMemory,
 }
 
-/// How a break ended. The first `done` pages of the span show private pages of their own again, the others are as they
-/// were: no case is silent about a half-way stop.
+/// How a break ended. The first `done` pages of the span show private pages of their own again, the
+/// others are as they were: no case is silent about a half-way stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BreakStop {
     /// All done.
     Complete,
-    /// The page is not there (truncated: what a bus error says). That is success, its shared page is gone from the
-    /// site already (K-063). The engine goes on after it.
+    /// The page is not there (truncated: what a bus error says). That is success, its shared page is gone
+    /// from the site already (K-063). The engine goes on after it.
     Truncated,
-    /// The page shows no shared page any more, for instance since another thread's store broke it (K-062). Success.
+    /// The page shows no shared page any more, for instance since another thread's store broke it
+    /// (K-062). Success.
     NotShared,
     /// Out of memory, or over a memory limit. Never ignored (K-061, K-064).
     NoMemory,
@@ -327,16 +334,16 @@ impl fmt::Display for HostOp {
     }
 }
 
-/// An operation could not be carried out. Nothing was changed by it, and the engine goes on with the next candidate;
-/// for `Break` and `Unprotect` it keeps the record and tries again (K-065, K-066).
+/// An operation could not be carried out. Nothing was changed by it, and the engine goes on with the next
+/// candidate; for `Break` and `Unprotect` it keeps the record and tries again (K-065, K-066).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("can't {op} at page {} of mapping {}: errno {errno}", site.offset, site.mapping)]
 #[non_exhaustive]
 pub struct HostError {
     /// What was tried.
     pub op: HostOp,
-    /// The first page concerned. For an operation on shared pages only: mapping and offset the engine worked for, or
-    /// (0, number of the shared page).
+    /// The first page concerned. For an operation on shared pages only: mapping and offset the engine
+    /// worked for, or (0, number of the shared page).
     pub site: Site,
     /// The kernel's errno.
     pub errno: i32,
@@ -355,11 +362,12 @@ pub type Invalidate<'a> = &'a mut dyn FnMut(Span);
 
 /// Whoever owns the pages. Object-safe; calls are spans, not single pages, wherever the kernel's are.
 ///
-/// Every span a call names lies in one mapping that is registered with the engine, is not empty, and no two calls
-/// run at once (`&mut self`). The engine hands every span it protected either to [`Self::share`] with outcome `Shared`
-/// and later [`Self::unprotect`], or directly to [`Self::unprotect`], in parts or whole, in any order; after the last
-/// one all gauges are zero. Pages of an exiting mapping lose their protection with it, without a call. A site that stopped
-/// showing a shared page by itself (the kernel copied for a store) gets its `unprotect` when the engine meets it.
+/// Every span a call names lies in one mapping that is registered with the engine, is not empty, and no
+/// two calls run at once (`&mut self`). The engine hands every span it protected either to
+/// [`Self::share`] with outcome `Shared` and later [`Self::unprotect`], or directly to
+/// [`Self::unprotect`], in parts or whole, in any order; after the last one all gauges are zero. Pages of
+/// an exiting mapping lose their protection with it, without a call. A site that stopped showing a shared
+/// page by itself (the kernel copied for a store) gets its `unprotect` when the engine meets it.
 pub trait MergeHost {
     /// Page size of the host.
     fn page_size(&self) -> PageSize;
@@ -367,17 +375,18 @@ pub trait MergeHost {
     /// The digest of a page of zeros under this host's hash.
     fn zero_digest(&self) -> Digest;
 
-    /// The largest unit that one table entry, extent or huge page of this mapping may stand for, in pages; a power
-    /// of two, 1 where pages are all there is. Listeners are told spans widened to it (H-005, H-006, H-031).
+    /// The largest unit that one table entry, extent or huge page of this mapping may stand for, in
+    /// pages; a power of two, 1 where pages are all there is. Listeners are told spans widened to it
+    /// (H-005, H-006, H-031).
     fn shareable_unit(&self, mapping: MappingId) -> PageCount;
 
     /// Whether the mapping's live count is 0 (K-093). May be true before the engine is told of the exit.
     fn is_exiting(&self, mapping: MappingId) -> bool;
 
-    /// Reports what pages `from ..  end` of a mapping show, ascending, without overlap, at most `pages_max` present
-    /// pages (at least 1), merged into runs where they are of one kind. Absent pages are passed over and cost nothing
-    /// (K-034); a site that shows a shared page is reported even if that page is not in memory just now.
-    /// Appends to `out`.
+    /// Reports what pages `from ..  end` of a mapping show, ascending, without overlap, at most
+    /// `pages_max` present pages (at least 1), merged into runs where they are of one kind. Absent pages
+    /// are passed over and cost nothing (K-034); a site that shows a shared page is reported even if that
+    /// page is not in memory just now. Appends to `out`.
     ///
     /// # Errors
     /// [`HostOp::Observe`].
@@ -389,30 +398,32 @@ pub trait MergeHost {
         out: &mut Vec<Observed>,
     ) -> Result<Visit, HostError>;
 
-    /// Digests of the span's pages as they are now, one each, appended to `out`; `None` for a page that is not there. Nothing
-    /// keeps them from changing unless the span is protected.
+    /// Digests of the span's pages as they are now, one each, appended to `out`; `None` for a page that
+    /// is not there. Nothing keeps them from changing unless the span is protected.
     ///
     /// # Errors
     /// [`HostOp::Digest`].
     fn digest(&mut self, span: Span, out: &mut Vec<Option<Digest>>) -> Result<(), HostError>;
 
-    /// Protects all pages of the span or none. The check for pins and the protection are one critical section that
-    /// keeps new pins out (P-002). The engine never protects a page that it has protected already.
+    /// Protects all pages of the span or none. The check for pins and the protection are one critical
+    /// section that keeps new pins out (P-002). The engine never protects a page that it has protected
+    /// already.
     ///
     /// # Errors
     /// [`HostOp::Protect`].
     fn protect(&mut self, span: Span, kind: ProtectKind) -> Result<ProtectOutcome, HostError>;
 
-    /// Lifts the protection of these pages (any part of what was protected). Pages that are gone or not protected any more
-    /// are passed over. The engine has removed every record of them as merged before (design 3).
+    /// Lifts the protection of these pages (any part of what was protected). Pages that are gone or not
+    /// protected any more are passed over. The engine has removed every record of them as merged before
+    /// (design 3).
     ///
     /// # Errors
     /// [`HostOp::Unprotect`]: the pages stay protected; the engine tries again.
     fn unprotect(&mut self, span: Span) -> Result<(), HostError>;
 
-    /// Syncs and re-reads the extent map of a protected span or of shared pages and appends its runs, with `start`
-    /// counted from the first page of the side and all pages covered. Hints that were remembered may not be used: addresses are
-    /// reused (design 5.5).
+    /// Syncs and re-reads the extent map of a protected span or of shared pages and appends its runs,
+    /// with `start` counted from the first page of the side and all pages covered. Hints that were
+    /// remembered may not be used: addresses are reused (design 5.5).
     ///
     /// # Errors
     /// [`HostOp::RereadMap`].
@@ -424,8 +435,8 @@ pub trait MergeHost {
     /// [`HostOp::Compare`].
     fn compare(&mut self, site: Span, shared: SharedSpan) -> Result<CompareOutcome, HostError>;
 
-    /// The same by the kernel under its own locks (FIDEDUPERANGE), which makes equal content into equal extents.
-    /// May say `Unsupported` always.
+    /// The same by the kernel under its own locks (FIDEDUPERANGE), which makes equal content into equal
+    /// extents. May say `Unsupported` always.
     ///
     /// # Errors
     /// [`HostOp::Compare`].
@@ -437,17 +448,17 @@ pub trait MergeHost {
     /// [`HostOp::Compare`].
     fn compare_zero(&mut self, site: Span) -> Result<CompareOutcome, HostError>;
 
-    /// Makes new shared pages with the bytes of a protected span (K-055). They are immutable from the start and shown by
-    /// no site yet.
+    /// Makes new shared pages with the bytes of a protected span (K-055). They are immutable from the
+    /// start and shown by no site yet.
     ///
     /// # Errors
     /// [`HostOp::MakeShared`].
     fn make_shared(&mut self, from: Span, stamp: Stamp) -> Result<MakeOutcome, HostError>;
 
-    /// Makes a protected span show `target` instead of its own pages, all pages or none, and only if `stamp` still holds
-    /// (P-004). After the entries are replaced and before anyone can use them again the host calls `invalidate` with
-    /// the span (H-021: under the table lock, so the callee must not block). It may call it and yet report
-    /// `Raced` (H-024), never the other way round.
+    /// Makes a protected span show `target` instead of its own pages, all pages or none, and only if
+    /// `stamp` still holds (P-004). After the entries are replaced and before anyone can use them again
+    /// the host calls `invalidate` with the span (H-021: under the table lock, so the callee must not
+    /// block). It may call it and yet report `Raced` (H-024), never the other way round.
     ///
     /// # Errors
     /// [`HostOp::Share`].
@@ -459,17 +470,19 @@ pub trait MergeHost {
         invalidate: Invalidate<'_>,
     ) -> Result<ShareOutcome, HostError>;
 
-    /// Gives the pages of a span that shows shared pages (or the zero page) private copies, in ascending order (K-119:
-    /// always a new page), calling `invalidate` for what was replaced as in [`Self::share`]. Never faults in what is not
-    /// there (K-113). The pages are protected still, if they were.
+    /// Gives the pages of a span that shows shared pages (or the zero page) private copies, in ascending
+    /// order (K-119: always a new page), calling `invalidate` for what was replaced as in
+    /// [`Self::share`]. Never faults in what is not there (K-113). The pages are protected still, if they
+    /// were.
     ///
     /// # Errors
     /// [`HostOp::Break`]: no page was broken.
     fn break_sharing(&mut self, site: Span, invalidate: Invalidate<'_>) -> Result<BreakOutcome, HostError>;
 
-    /// The engine has no record of these shared pages left and drops the creator's reference, exactly once per page
-    /// (K-057). Sites the engine does not know (forked copies) may show them still: the host then keeps the page
-    /// until the last of them is gone; the engine will break them when it meets them (K-076).
+    /// The engine has no record of these shared pages left and drops the creator's reference, exactly
+    /// once per page (K-057). Sites the engine does not know (forked copies) may show them still: the
+    /// host then keeps the page until the last of them is gone; the engine will break them when it meets
+    /// them (K-076).
     ///
     /// # Errors
     /// [`HostOp::Release`]: the engine tries again.

@@ -1,14 +1,15 @@
 //! Secondary users of pages (caches, readers, owners of records) and how they are told that pages change.
 //!
-//! Invariant: every change of what a site shows is bracketed by `start` and `end` (H-022), every path after a `start`
-//! reaches its `end` (H-023: the bracket is a closure), and `invalidate` comes in between, while nobody can use the
-//! new entry yet (H-021: from inside the host's critical section). Spans are widened to the largest unit that may be
-//! shared (H-031). Telling too much is allowed, too little is not (H-024).
+//! Invariant: every change of what a site shows is bracketed by `start` and `end` (H-022), every path
+//! after a `start` reaches its `end` (H-023: the bracket is a closure), and `invalidate` comes in
+//! between, while nobody can use the new entry yet (H-021: from inside the host's critical section).
+//! Spans are widened to the largest unit that may be shared (H-031). Telling too much is allowed, too
+//! little is not (H-024).
 
 use crate::units::{PageCount, PageIndex, Span};
 
 /// Somebody who keeps translations or copies of pages.
-pub trait Listener {
+pub trait Listener: Send {
     /// Pages of `span` may change from now on. Called without any lock; may block.
     fn start(&mut self, span: Span);
     /// What was known of `span` is wrong from now on. Called in the host's critical section; must not block.
@@ -17,8 +18,8 @@ pub trait Listener {
     fn end(&mut self, span: Span);
 }
 
-/// `span` widened to aligned windows of `unit` pages, as far as they lie wholly inside `range` (H-006). The start is
-/// aligned first: stepping windows from an unaligned start misses the last one (H-007).
+/// `span` widened to aligned windows of `unit` pages, as far as they lie wholly inside `range` (H-006).
+/// The start is aligned first: stepping windows from an unaligned start misses the last one (H-007).
 #[must_use]
 pub fn widen(span: Span, unit: PageCount, range: Span) -> Span {
     let unit = unit.0.max(1);
@@ -50,8 +51,8 @@ impl Listeners {
     /// Runs `change` between start and end of `wide`. What it gets is the `invalidate` to hand to the host.
     ///
     /// # Panics
-    /// When `change` says it changed pages but the host never invalidated: a listener would go on using old pages
-    /// (H-026: silent corruption).
+    /// When `change` says it changed pages but the host never invalidated: a listener would go on using
+    /// old pages (H-026: silent corruption).
     pub fn bracket<T>(
         &mut self,
         wide: Span,
@@ -81,8 +82,7 @@ mod tests {
     use super::*;
     use crate::domain::make_span;
     use crate::units::MappingId;
-    use std::cell::RefCell;
-    use std::rc::Rc;
+    use std::sync::{Arc, Mutex};
 
     fn at(start: u64, pages: u64) -> Span {
         make_span(MappingId(1), start, pages)
@@ -101,28 +101,28 @@ mod tests {
         assert_eq!(widen(at(300, 220), PageCount(512), at(0, 1000)), at(0, 520));
     }
 
-    struct Log(Rc<RefCell<Vec<(char, Span)>>>);
+    struct Log(Arc<Mutex<Vec<(char, Span)>>>);
     impl Listener for Log {
         fn start(&mut self, span: Span) {
-            self.0.borrow_mut().push(('s', span));
+            self.0.lock().unwrap().push(('s', span));
         }
         fn invalidate(&mut self, span: Span) {
-            self.0.borrow_mut().push(('i', span));
+            self.0.lock().unwrap().push(('i', span));
         }
         fn end(&mut self, span: Span) {
-            self.0.borrow_mut().push(('e', span));
+            self.0.lock().unwrap().push(('e', span));
         }
     }
 
     #[test]
     fn order_is_start_invalidate_end_h021_h023() {
-        let log = Rc::new(RefCell::new(Vec::new()));
+        let log = Arc::new(Mutex::new(Vec::new()));
         let mut listeners = Listeners::default();
         listeners.add(Box::new(Log(log.clone())));
         listeners.bracket(at(0, 8), |told| told(at(2, 2)), |()| PageCount(2));
         listeners.bracket(at(8, 8), |_| "failed early", |_| PageCount(0));
         let w = [('s', at(0, 8)), ('i', at(0, 8)), ('e', at(0, 8)), ('s', at(8, 8)), ('e', at(8, 8))];
-        assert_eq!(*log.borrow(), w);
+        assert_eq!(*log.lock().unwrap(), w);
     }
 
     #[test]

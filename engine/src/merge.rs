@@ -1,8 +1,9 @@
 //! One merge: joining a shared page, founding one from a pair, showing the zero page.
 //!
-//! Invariant: whatever happens on the way, afterwards each page either is merged, recorded and protected, or is its own,
-//! unprotected and a candidate still; and no shared page is left without a site (K-056, K-057). A run that fails at one page
-//! is tried again around it, so that one pinned page does not cost its neighbours.
+//! Invariant: whatever happens on the way, afterwards each page either is merged, recorded and protected,
+//! or is its own, unprotected and a candidate still; and no shared page is left without a site (K-056,
+//! K-057). A run that fails at one page is tried again around it, so that one pinned page does not cost
+//! its neighbours.
 
 use crate::counters::Decision;
 use crate::domain::{Route, make_span};
@@ -106,8 +107,8 @@ impl Engine {
         }
     }
 
-    /// Merges candidates with their mates into new shared pages (K-055), as far as `max_kernel_pages` lets (K-005,
-    /// K-007: what is refused stays as it was).
+    /// Merges candidates with their mates into new shared pages (K-055), as far as `max_kernel_pages`
+    /// lets (K-005, K-007: what is refused stays as it was).
     pub(crate) fn pair(
         &mut self,
         host: &mut dyn MergeHost,
@@ -181,7 +182,8 @@ impl Engine {
             Err(again) => {
                 self.disarm(host, first.cancel());
                 if by != Evidence::Place {
-                    // Either of them may have changed since it was digested. By place the mate is proved by now.
+                    // Either of them may have changed since it was digested. By place the mate is proved
+                    // by now.
                     self.drop_mate(mate, again);
                 }
                 self.settle(host);

@@ -1,7 +1,7 @@
 //! When and how much: KSM's knobs under KSM's names, and the state of `run`.
 //!
-//! Defaults are KSM's (K-125) except where said. What this module deliberately does not do: keep time. A batch ends
-//! with an [`Action`] that says until which tick the caller should sleep.
+//! Defaults are KSM's (K-125) except where said. What this module deliberately does not do: keep time. A
+//! batch ends with an [`Action`] that says until which tick the caller should sleep.
 
 use crate::units::PageCount;
 
@@ -44,13 +44,13 @@ pub struct BadRun(pub u8);
 /// The knobs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Knobs {
-    /// Present pages a batch looks at (K-125: 200). A run that is judged by its place on disk costs 1, however long:
-    /// unlike KSM's pages it is not read.
+    /// Present pages a batch looks at (K-125: 200). A run that is judged by its place on disk costs 1,
+    /// however long: unlike KSM's pages it is not read.
     pub pages_to_scan: u64,
     /// Pause between batches in milliseconds (K-125: 20).
     pub sleep_millisecs: u64,
-    /// Shared pages that may exist; 0 = no limit (K-004..K-007). KSM's 2000 was a demo value for pages locked in memory;
-    /// file pages can be dropped and read again, so the default here is 0.
+    /// Shared pages that may exist; 0 = no limit (K-004..K-007). KSM's 2000 was a demo value for pages
+    /// locked in memory; file pages can be dropped and read again, so the default here is 0.
     pub max_kernel_pages: u64,
     /// Sites that may show one shared page; then another copy is made (KSM's default: 256). At least 2.
     pub max_page_sharing: u32,
@@ -60,8 +60,8 @@ pub struct Knobs {
     pub use_zero_pages: bool,
     /// Pass over pages that never merge, more often the longer they don't.
     pub smart_scan: bool,
-    /// Also index shared pages that were merged by place under their digest, so that digested candidates (anonymous
-    /// memory) find them (W-003). Costs one read of each shared page, once.
+    /// Also index shared pages that were merged by place under their digest, so that digested candidates
+    /// (anonymous memory) find them (W-003). Costs one read of each shared page, once.
     pub digest_shared: bool,
     /// Shortest run of pages merged by place; every run costs a mapping of a file a VMA (design 7).
     pub min_run_pages: u64,
@@ -98,8 +98,8 @@ impl Knobs {
 pub enum Action {
     /// Sleep until then, or until something wakes you, then step again (K-043).
     SleepUntil(Tick),
-    /// Wait until a registration or a change of `run` says to wake (K-041, K-043): there is nothing to do, and no CPU to
-    /// be used for it.
+    /// Wait until a registration or a change of `run` says to wake (K-041, K-043): there is nothing to
+    /// do, and no CPU to be used for it.
     Wait,
 }
 
@@ -116,12 +116,12 @@ impl History {
     /// Looks without a merge before any pass is left out.
     const PATIENCE: u8 = 3;
 
-    /// Whether pass number `generation` is to be left out; ages the page if not. After [`Self::PATIENCE`] fruitless looks
-    /// every second pass is left out, then three of four, then seven of eight.
+    /// Whether pass number `generation` is to be left out; ages the page if not. After [`Self::PATIENCE`]
+    /// fruitless looks every second pass is left out, then three of four, then seven of eight.
     ///
-    /// Which passes is the same for all pages: those whose number the page's period does not divide. The tempting
-    /// alternative, KSM's own countdown for each page, lets two equal pages that fell out of step take turns in an
-    /// unstable index that is emptied in between, and never meet.
+    /// Which passes is the same for all pages: those whose number the page's period does not divide. The
+    /// tempting alternative, KSM's own countdown for each page, lets two equal pages that fell out of
+    /// step take turns in an unstable index that is emptied in between, and never meet.
     pub fn pass(&mut self, generation: u64) -> bool {
         let period = 1 << self.age.saturating_sub(Self::PATIENCE).min(3);
         if !generation.is_multiple_of(period) {

@@ -1,9 +1,11 @@
-//! The merge order in types: `Candidate -> protect -> Protected -> prove -> Proof -> share -> Shared -> break`.
+//! The merge order in types: `Candidate -> protect -> Protected -> prove -> Proof -> share -> Shared ->
+//! break`.
 //!
 //! Invariants, kept by the compiler as far as it can:
-//! * a [`Proof`] comes from a [`Protected`] and from nothing else, so equality is never judged before protection;
-//! * a proof remembers the two spans it speaks of, is consumed by [`Proof::share`], and `share` takes no span: it can't
-//!   be spent on others;
+//! * a [`Proof`] comes from a [`Protected`] and from nothing else, so equality is never judged before
+//!   protection;
+//! * a proof remembers the two spans it speaks of, is consumed by [`Proof::share`], and `share` takes no
+//!   span: it can't be spent on others;
 //! * a [`Protected`] that is neither shared nor lifted is a leaked protection and asserts when it is dropped;
 //! * both sides of a proof are of one domain, asserted.
 //!
@@ -49,8 +51,8 @@ use crate::units::{DomainId, PageCount, PageIndex, Span};
 /// How equality is to be shown (design section 4: prove).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Evidence {
-    /// Both extent maps, re-read after protection, are equal and no cache is dirty. Falls back to bytes where there is
-    /// no map.
+    /// Both extent maps, re-read after protection, are equal and no cache is dirty. Falls back to bytes
+    /// where there is no map.
     Place,
     /// All bytes compared.
     Bytes,
@@ -264,7 +266,8 @@ impl Protected {
         }
     }
 
-    /// Design 5.5 and 5.6: both maps read again, now that nobody can write, and no dirty cache on either side.
+    /// Design 5.5 and 5.6: both maps read again, now that nobody can write, and no dirty cache on either
+    /// side.
     fn judge_place(&self, host: &mut dyn MergeHost, shared: SharedSpan) -> Result<Judged, HostError> {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         let sides = [(Side::Site(self.span), &mut ours), (Side::Shared(shared), &mut theirs)];
@@ -308,8 +311,8 @@ impl Judged {
     }
 }
 
-/// How many pages from the start have one and the same place on disk in both maps. Anything that names no place
-/// (undecided, a hole, a gap in what the host reported) ends it.
+/// How many pages from the start have one and the same place on disk in both maps. Anything that names no
+/// place (undecided, a hole, a gap in what the host reported) ends it.
 fn equal_places(ours: &[Run], theirs: &[Run], pages: PageCount) -> PageCount {
     let at = |runs: &[Run], page: u64| {
         let run = runs.iter().find(|r| r.start.0 <= page && page - r.start.0 < r.pages.0)?;
@@ -386,8 +389,8 @@ impl Shared {
     }
 }
 
-/// Breaks what a span of sites shows, whoever merged it: the engine's records or a fork (K-060..K-063). The pages stay
-/// protected until their records are gone.
+/// Breaks what a span of sites shows, whoever merged it: the engine's records or a fork (K-060..K-063).
+/// The pages stay protected until their records are gone.
 ///
 /// # Errors
 /// As the host says; nothing was broken.

@@ -1,13 +1,15 @@
 //! What is known of every site, and who shows each shared page.
 //!
 //! Invariants:
-//! * a site has at most one record; a run of pages in one state with consecutive shared pages is one entry, so that ten
-//!   million merged pages need not cost ten million nodes, while every operation is exact to the page;
+//! * a site has at most one record; a run of pages in one state with consecutive shared pages is one
+//!   entry, so that ten million merged pages need not cost ten million nodes, while every operation is
+//!   exact to the page;
 //! * gauges move here and nowhere else, when a site enters or leaves a state (K-011);
-//! * per-site state (offset, private) is reached by (shared page, mapping), never by the shared page alone (W-012).
+//! * per-site state (offset, private) is reached by (shared page, mapping), never by the shared page
+//!   alone (W-012).
 //!
-//! What it deliberately does not do: call the host or touch the indexes. Whoever makes a site leave gets told what
-//! it was and which shared pages lost their last site.
+//! What it deliberately does not do: call the host or touch the indexes. Whoever makes a site leave gets
+//! told what it was and which shared pages lost their last site.
 
 use std::collections::BTreeMap;
 
@@ -93,8 +95,8 @@ impl Sharers {
         self.by_backend.iter().map(|n| u64::from(*n)).sum()
     }
 
-    /// (shared, sharing) of each page as booked to `backend`: the first backend with a site has the page, K-013's
-    /// promotion is that the next one takes it over.
+    /// (shared, sharing) of each page as booked to `backend`: the first backend with a site has the page,
+    /// K-013's promotion is that the next one takes it over.
     fn booked(self, backend: Backend) -> (i64, i64) {
         let first = self.by_backend.iter().position(|n| *n > 0) == Some(backend as usize);
         (i64::from(first), i64::from(self.by_backend[backend as usize]) - i64::from(first))
@@ -107,7 +109,8 @@ impl RunValue for Sharers {
     }
 }
 
-/// Reverse entries are cut at multiples of this many shared pages, so that a look-up needs to look back no further.
+/// Reverse entries are cut at multiples of this many shared pages, so that a look-up needs to look back
+/// no further.
 const CHUNK: u64 = 512;
 
 /// Ordered so that the pieces of one run of sites, which have one `diagonal`, stand beside each other.
@@ -323,7 +326,8 @@ impl Records {
         self.sites.entries() + self.holders.len() + self.sharers.entries()
     }
 
-    /// Counts everything again and compares: gauges, holders, sharers. For tests; costs a walk over all records.
+    /// Counts everything again and compares: gauges, holders, sharers. For tests; costs a walk over all
+    /// records.
     ///
     /// # Panics
     /// When anything differs.

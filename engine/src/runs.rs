@@ -1,9 +1,9 @@
 //! A map from runs of consecutive numbers to values that advance with the number.
 //!
-//! Purpose: ten million consecutive pages are one entry (design section 4), while every operation is exact to the
-//! page. Invariant: runs don't overlap, are never empty, and no two neighbours could be one. What it deliberately
-//! does not do: overwrite. [`RunMap::put`] wants vacant numbers, so that whoever replaces something must say what
-//! becomes of the old.
+//! Purpose: ten million consecutive pages are one entry (design section 4), while every operation is
+//! exact to the page. Invariant: runs don't overlap, are never empty, and no two neighbours could be one.
+//! What it deliberately does not do: overwrite. [`RunMap::put`] wants vacant numbers, so that whoever
+//! replaces something must say what becomes of the old.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -190,7 +190,8 @@ mod tests {
     }
 
     proptest! {
-        /// The map is the same as one entry a page, whatever is done to it, and never holds two runs that could be one.
+        /// The map is the same as one entry a page, whatever is done to it, and never holds two runs that
+        /// could be one.
         #[test]
         fn is_exact_to_the_page(ops in proptest::collection::vec((0u8..2, 0u64..40, 1u64..12, 0u64..3), 1..60)) {
             let mut map = RunMap::default();

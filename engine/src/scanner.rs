@@ -1,8 +1,9 @@
 //! The scanner: passes over everything registered, a batch at a time.
 //!
-//! Invariants: a step visits at most about `pages_to_scan` present pages and comes back; after a pass every record was
-//! visited in it or dropped, so that no unstable item is ever older than one pass (K-081); with nobody registered, or while
-//! stopped, nothing is scanned and no counter moves but those of cleaning up (K-040, K-041, K-042).
+//! Invariants: a step visits at most about `pages_to_scan` present pages and comes back; after a pass
+//! every record was visited in it or dropped, so that no unstable item is ever older than one pass
+//! (K-081); with nobody registered, or while stopped, nothing is scanned and no counter moves but those
+//! of cleaning up (K-040, K-041, K-042).
 
 use crate::control::{WriteVerdict, checked_chunk};
 use crate::counters::Decision;
@@ -34,8 +35,8 @@ impl Engine {
     /// Scans one batch, after paying what is owed and cleaning up after exits.
     ///
     /// # Panics
-    /// When an invariant of the engine is broken (K-028, K-081, ...): stop merging; nothing it would do now can be
-    /// trusted.
+    /// When an invariant of the engine is broken (K-028, K-081, ...): stop merging; nothing it would do
+    /// now can be trusted.
     pub fn step(&mut self, host: &mut dyn MergeHost, now: Tick) -> Step {
         self.errors.clear();
         self.sweep();
@@ -79,10 +80,12 @@ impl Engine {
         self.domains.values_mut().for_each(|d| d.unstable.reset(pass));
     }
 
-    /// Visits the next piece of work at the cursor. `None` when a pass ended; else what it cost and how many pages it saw.
+    /// Visits the next piece of work at the cursor. `None` when a pass ended; else what it cost and how
+    /// many pages it saw.
     fn visit_next(&mut self, host: &mut dyn MergeHost, budget: u64) -> Option<(u64, u64)> {
         let cursor = self.cursor.unwrap_or_else(|| {
-            // The index of the last pass stood unsearched until now; what is removed in between has age 1 (K-083).
+            // The index of the last pass stood unsearched until now; what is removed in between has age 1
+            // (K-083).
             let pass = self.pass();
             self.domains.values_mut().for_each(|d| d.unstable.reset(pass));
             Cursor { mapping: MappingId(0), at: PageIndex(0) }

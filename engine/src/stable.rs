@@ -1,13 +1,14 @@
 //! The stable index of one domain: shared pages by what is known of their bytes.
 //!
-//! What it guarantees: every page it names is a shared page that exists now, is protected, and is shown by at least one
-//! recorded site; so a match may be joined without a checksum filter (K-058). What it does not guarantee: that a match has the
-//! candidate's bytes. A place on disk is a hint (design 5.5) and a digest may collide: the proof decides (M-024's
-//! full comparison happens there). KSM orders its tree by contents; here order is by key, since the engine never
-//! holds a page's bytes, and since a place needs no read at all.
+//! What it guarantees: every page it names is a shared page that exists now, is protected, and is shown
+//! by at least one recorded site; so a match may be joined without a checksum filter (K-058). What it
+//! does not guarantee: that a match has the candidate's bytes. A place on disk is a hint (design 5.5) and
+//! a digest may collide: the proof decides (M-024's full comparison happens there). KSM orders its tree
+//! by contents; here order is by key, since the engine never holds a page's bytes, and since a place
+//! needs no read at all.
 //!
-//! Several shared pages may have one key (`max_page_sharing`, relocation into a node that has one already, M-018):
-//! the newest is found, the others stay known until their last site leaves.
+//! Several shared pages may have one key (`max_page_sharing`, relocation into a node that has one
+//! already, M-018): the newest is found, the others stay known until their last site leaves.
 
 use std::collections::BTreeMap;
 
@@ -117,8 +118,8 @@ impl<V: RunValue> KeyMap<V> {
         }
     }
 
-    /// Takes out what under these keys is `value` (and its followers), leaves what others entered since. Returns how many
-    /// pages were taken out.
+    /// Takes out what under these keys is `value` (and its followers), leaves what others entered since.
+    /// Returns how many pages were taken out.
     pub fn remove(&mut self, node: NodeId, key: Key, pages: u64, value: V) -> u64 {
         match key {
             Key::Place(place) => {
@@ -211,8 +212,8 @@ impl StableIndex {
         }
     }
 
-    /// Shared pages moved (M-011): the same keys now name `to`. With `moved` the node or the place is another one
-    /// too; then the pages are filed anew (M-018, M-019).
+    /// Shared pages moved (M-011): the same keys now name `to`. With `moved` the node or the place is
+    /// another one too; then the pages are filed anew (M-018, M-019).
     pub fn relocate(&mut self, from: SharedSpan, to: SharedSpan, node: Option<NodeId>, place: Option<Place>) {
         assert_eq!(from.pages, to.pages, "a relocation keeps the number of pages");
         let filed = self.filed.cut((), from.start.0, from.pages.0);

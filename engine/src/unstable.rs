@@ -1,9 +1,10 @@
 //! The unstable index of one domain: candidates of the current pass that wait for a mate.
 //!
-//! What it guarantees: nothing about bytes. What it names was so when the scanner passed; nobody is kept from writing
-//! since. That is why it is emptied wholesale between passes (K-083), why a match is only a reason to protect and
-//! compare, and why it needs no upkeep when pages change. Invariant: everything in it was entered in the pass it was last
-//! reset for (age 0); leftovers of an earlier pass (age 1) are in records only and must not be erased from here (K-082).
+//! What it guarantees: nothing about bytes. What it names was so when the scanner passed; nobody is kept
+//! from writing since. That is why it is emptied wholesale between passes (K-083), why a match is only a
+//! reason to protect and compare, and why it needs no upkeep when pages change. Invariant: everything in
+//! it was entered in the pass it was last reset for (age 0); leftovers of an earlier pass (age 1) are in
+//! records only and must not be erased from here (K-082).
 
 use crate::host::NodeId;
 use crate::runs::RunValue;
@@ -29,8 +30,8 @@ impl Pass {
     /// Passes between an item's insertion and now.
     ///
     /// # Panics
-    /// On anything but 0 and 1 (K-081): an item was not visited for a whole pass, so that it can't be said any more which
-    /// index it is in.
+    /// On anything but 0 and 1 (K-081): an item was not visited for a whole pass, so that it can't be
+    /// said any more which index it is in.
     pub fn age(self, now: Pass) -> u8 {
         let age = now.0.wrapping_sub(self.0);
         assert!(age <= 1, "an unstable item has age {age} (K-081)");

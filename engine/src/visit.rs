@@ -1,8 +1,9 @@
 //! Judging what the scanner sees: where each run of pages goes.
 //!
-//! Invariants: the stable index is asked before the unstable one (K-058); a page known by its bytes waits only after two
-//! passes with one checksum (K-059), a page known by its place at once; what a site shows is believed over what
-//! its record says. What it deliberately does not do: merge or break; it says what with what.
+//! Invariants: the stable index is asked before the unstable one (K-058); a page known by its bytes waits
+//! only after two passes with one checksum (K-059), a page known by its place at once; what a site
+//! shows is believed over what its record says. What it deliberately does not do: merge or break; it says
+//! what with what.
 
 use crate::control::UnmergeError;
 use crate::counters::Decision;
@@ -76,8 +77,8 @@ impl Engine {
         }
     }
 
-    /// Sites that show shared pages: recorded ones are left alone unless they are the last (K-030, K-032); others came
-    /// by fork (K-016) or were left behind by a failed break (K-065, K-076).
+    /// Sites that show shared pages: recorded ones are left alone unless they are the last (K-030,
+    /// K-032); others came by fork (K-016) or were left behind by a failed break (K-065, K-076).
     fn visit_shared(
         &mut self,
         host: &mut dyn MergeHost,
@@ -110,8 +111,8 @@ impl Engine {
         }
         for (part, record) in self.records.pieces(span) {
             if record.state.is_merged() {
-                // Not broken, for want of memory: the page stays shared and protected without a record until a
-                // later pass meets it as a stray (K-065).
+                // Not broken, for want of memory: the page stays shared and protected without a record
+                // until a later pass meets it as a stray (K-065).
                 self.set(part, SiteRecord::new(SiteState::Volatile));
             }
         }
@@ -147,7 +148,8 @@ impl Engine {
         }
     }
 
-    /// After a break: with the checksum known, the page may enter the unstable index in the next pass (K-031).
+    /// After a break: with the checksum known, the page may enter the unstable index in the next pass
+    /// (K-031).
     fn remember_checksums(&mut self, host: &mut dyn MergeHost, span: Span) {
         let route = self.registry.get(span.mapping).map(|r| r.route);
         if self.registry.is_exiting(span.mapping) || route.is_none_or(|r| r == Route::Physical) {
@@ -203,8 +205,8 @@ impl Engine {
         }
     }
 
-    /// Shared pages for a key that take further sites (`max_page_sharing`), and for how many pages that, or their
-    /// absence, goes on.
+    /// Shared pages for a key that take further sites (`max_page_sharing`), and for how many pages that,
+    /// or their absence, goes on.
     fn joinable(&mut self, domain: DomainId, node: NodeId, key: Key, most: u64) -> (Option<SharedSpan>, u64) {
         let (found, len) = self.indexes(domain).stable.segment(node, key, most);
         let Some(start) = found else { return (None, len) };
@@ -225,7 +227,8 @@ impl Engine {
         }
     }
 
-    /// Candidates known by their bytes (K-058, K-059). Pages whose plans continue each other are merged as one run.
+    /// Candidates known by their bytes (K-058, K-059). Pages whose plans continue each other are merged
+    /// as one run.
     fn visit_content(&mut self, host: &mut dyn MergeHost, span: Span, node: NodeId) {
         let mut at = 0;
         while at < span.pages.0 {
@@ -323,7 +326,8 @@ impl Engine {
         record.is_some_and(|(r, _)| r.history.checksum == Some(checksum(digest)))
     }
 
-    /// Nobody has these bytes yet: the page waits, or, if it changed since the last pass, its checksum is noted.
+    /// Nobody has these bytes yet: the page waits, or, if it changed since the last pass, its checksum is
+    /// noted.
     fn hold(&mut self, page: Span, node: NodeId, digest: Digest) {
         if self.held_still(page, digest) {
             return self.wait(page, node, Key::Digest(digest));

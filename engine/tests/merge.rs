@@ -2,8 +2,7 @@
 
 mod fake;
 
-use std::cell::RefCell;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 
 use fake::*;
 use pagefold_engine::control::{UnmergeError, WriteVerdict};
@@ -681,16 +680,16 @@ fn short_runs_are_left_alone_by_choice_design_7() {
     assert_eq!((rig.decided(Decision::ShortRun), rig.gauges().pages_shared), (4, 0));
 }
 
-struct Log(Rc<RefCell<Vec<(char, Span)>>>);
+struct Log(Arc<Mutex<Vec<(char, Span)>>>);
 impl Listener for Log {
     fn start(&mut self, span: Span) {
-        self.0.borrow_mut().push(('s', span));
+        self.0.lock().unwrap().push(('s', span));
     }
     fn invalidate(&mut self, span: Span) {
-        self.0.borrow_mut().push(('i', span));
+        self.0.lock().unwrap().push(('i', span));
     }
     fn end(&mut self, span: Span) {
-        self.0.borrow_mut().push(('e', span));
+        self.0.lock().unwrap().push(('e', span));
     }
 }
 
@@ -698,13 +697,13 @@ impl Listener for Log {
 fn listeners_hear_of_every_change_in_order_and_widened_h021_h022_h031() {
     let mut rig = Rig::big();
     rig.host.unit = 4;
-    let log = Rc::new(RefCell::new(Vec::new()));
+    let log = Arc::new(Mutex::new(Vec::new()));
     rig.engine.add_listener(Box::new(Log(log.clone())));
     rig.map(file(1, 0), &[5; 8], Some(10));
     rig.map(file(2, 0), &[5; 8], Some(10));
     rig.host.set_busy(site(2, 0), true);
     rig.step();
-    let heard = log.borrow().clone();
+    let heard = log.lock().unwrap().clone();
     let wide = [span(1, 0, 8), span(2, 0, 8)];
     assert!(heard.iter().all(|(_, s)| wide.contains(s)), "{heard:?}");
     let mut depth = 0;

@@ -372,7 +372,7 @@ impl MergeHost for FakeHost {
             let shown = self.shown(page);
             match out[first..].last_mut() {
                 Some(last) if last.node.0 == page.node && goes_on(last, shown, *offset) => {
-                    last.span.pages.0 += 1
+                    last.span.pages.0 += 1;
                 }
                 _ => {
                     let span = span(from.mapping.0, *offset, 1);
