@@ -131,6 +131,40 @@ impl Layout {
         LayoutBuilder::new(size, page, Identity::Zero).finish_with(Identity::Undecided(why))
     }
 
+    /// The layout with undecided pages that lie in `holes` made [`Identity::Zero`].
+    ///
+    /// `holes` are byte ranges, ascending and disjoint, that the file system itself calls holes (`SEEK_HOLE`, which
+    /// unlike a map does look at the cache, so it can be believed of dirty files too). Without this a sparse file of
+    /// terabytes with one dirty page would be terabytes of undecided pages.
+    #[must_use]
+    pub fn with_holes(self, holes: &[std::ops::Range<u64>], page: PageSize) -> Layout {
+        if holes.is_empty() || self.is_decided() {
+            return self;
+        }
+        let mut builder = LayoutBuilder::new(self.size, page, Identity::Zero);
+        let whole_pages = |hole: &std::ops::Range<u64>| {
+            let end = if hole.end >= self.size { builder.total } else { hole.end / page.bytes() };
+            (page.pages_covering(hole.start).0, end)
+        };
+        let holes: Vec<(u64, u64)> = holes.iter().map(whole_pages).collect();
+        for run in &self.runs {
+            let (mut at, end) = (run.start.0, run.start.plus(run.pages).0);
+            if !run.identity.is_decided() {
+                let first = holes.partition_point(|(_, hole_end)| *hole_end <= at);
+                for (from, to) in holes[first..].iter().take_while(|(from, _)| *from < end) {
+                    let (from, to) = ((*from).max(at), (*to).min(end));
+                    if from < to {
+                        builder.push(at, from - at, run.identity);
+                        builder.push(from, to - from, Identity::Zero);
+                        at = to;
+                    }
+                }
+            }
+            builder.push(at, end - at, run.identity.plus(PageCount(at - run.start.0)));
+        }
+        builder.finish_with(Identity::Zero)
+    }
+
     /// Whether every page has an identity, so that equality of layouts is equality of files.
     #[must_use]
     pub fn is_decided(&self) -> bool {

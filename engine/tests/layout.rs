@@ -163,10 +163,7 @@ proptest! {
 
 #[test]
 fn adjacent_extents_make_one_run_whatever_their_flags_shared_and_last_say() {
-    let split = [
-        extent(0, 40960, 8192, ExtentFlags::SHARED),
-        extent(8192, 49152, 4096, ExtentFlags::LAST),
-    ];
+    let split = [extent(0, 40960, 8192, ExtentFlags::SHARED), extent(8192, 49152, 4096, ExtentFlags::LAST)];
     let whole = [extent(0, 40960, 12288, ExtentFlags::LAST)];
     assert_eq!(layout(12288, &split), layout(12288, &whole));
     assert_eq!(layout(12288, &whole).runs.len(), 1);
@@ -218,4 +215,23 @@ fn each_flag_that_hides_bytes_makes_undecided() {
 fn without_an_address_space_nothing_is_decided_not_even_holes() {
     let facts = MapFacts { size: 8192, extents: &[], space: None, cache: CacheState::Clean, page: PAGE };
     assert_eq!(pages(&Layout::from_extents(facts)), [Identity::Undecided(Undecided::NoExtentMap); 2]);
+}
+
+#[test]
+fn what_the_file_system_calls_a_hole_is_zero_even_under_dirty_pages() {
+    let map =
+        [extent(4096, 4096, 8192, ExtentFlags::empty()), extent(20480, 40960, 4096, ExtentFlags::UNWRITTEN)];
+    let size = 8 * 4096 + 100;
+    let dirty = layout_with(size, &map, CacheState::Dirty);
+    let unknown = Identity::Undecided(Undecided::DirtyCache);
+    // Page 1 is cut by a hole, page 5 is whole, 7 and the partial 8 reach EOF.
+    let holes = [0..4096 + 512, 5 * 4096..6 * 4096 + 1, 7 * 4096..size];
+    let got = pages(&dirty.clone().with_holes(&holes, PAGE));
+    let zero = Identity::Zero;
+    assert_eq!(got, [zero, unknown, unknown, unknown, unknown, zero, unknown, zero, zero]);
+    assert_eq!(dirty.clone().with_holes(&[], PAGE), dirty);
+    // Decided pages are not touched: the map was clean, so it knows better.
+    let clean = layout(size, &map);
+    assert_eq!(clean.clone().with_holes(&holes, PAGE), clean);
+    assert_eq!(pages(&layout_with(0, &map, CacheState::Dirty).with_holes(&holes, PAGE)).len(), 0);
 }

@@ -157,6 +157,7 @@ impl FileSource for Os {
         found: &mut Inspection,
     ) -> Result<(), FsError> {
         found.extents.clear();
+        found.holes.clear();
         let open = |flags| rustix::fs::openat(&dir.fd, name, flags, Mode::empty());
         let fd = open_quietly(open, FILE_FLAGS).map_err(|e| match e {
             // A symbolic link or a socket now: no regular file any more.
@@ -208,6 +209,9 @@ impl Os {
             (Some(a), Some(b)) => Some((a.nr_dirty + a.nr_writeback).max(b.nr_dirty + b.nr_writeback)),
             _ => None,
         };
+        if found.dirty_pages != Some(0) || found.extents.is_empty() {
+            holes(fd, size, &mut found.holes);
+        }
         found.residency = match second {
             Some(stat) => residency::of_counted(fd, size, stat.nr_cache, self.page)
                 .map_err(|e| FsError::new(FsOp::CacheState, e))?,
@@ -229,6 +233,7 @@ impl Os {
         found.inode = inode;
         found.class = None;
         found.dirty_pages = None;
+        holes(fd, found.size, &mut found.holes);
         found.residency = self.residency_without_counts(fd, found.size);
         Ok(())
     }
@@ -283,6 +288,33 @@ fn read_map(fd: BorrowedFd<'_>, size: u64, extents: &mut Vec<RawExtent>) -> Resu
         })
     });
     read.map_err(|e: FiemapError| FsError::new(FsOp::ExtentMap, e))
+}
+
+/// The most holes asked for in one file; what comes after counts as data.
+const HOLES_MAX: usize = 1 << 16;
+
+/// Where the file system says there are holes. Unlike the map, `SEEK_HOLE` looks at the cache. A file system that can't
+/// tell says that all is data; an error ends the list, which then only says less.
+fn holes(fd: BorrowedFd<'_>, size: u64, holes: &mut Vec<std::ops::Range<u64>>) {
+    use rustix::fs::{SeekFrom, seek};
+    let mut at = 0;
+    while at < size && holes.len() < HOLES_MAX {
+        let data = match seek(fd, SeekFrom::Data(at)) {
+            Ok(data) => data.min(size),
+            Err(Errno::NXIO) => size,
+            Err(_) => return,
+        };
+        if data > at {
+            holes.push(at..data);
+        }
+        if data >= size {
+            return;
+        }
+        match seek(fd, SeekFrom::Hole(data)) {
+            Ok(hole) if hole > data => at = hole,
+            _ => return,
+        }
+    }
 }
 
 fn kind(file_type: FileType) -> EntryKind {

@@ -108,7 +108,9 @@ pub struct Inspection {
     pub ctime: (i64, u32),
     /// Extent map up to EOF; empty where there is none to have.
     pub extents: Vec<RawExtent>,
-    /// Which device addresses belong to.
+    /// Byte ranges that the file system calls holes, ascending; asked for only where the map can't be trusted.
+    pub holes: Vec<std::ops::Range<u64>>,
+    /// Which device addresses belong to; `None`: not known, addresses mean nothing.
     pub class: Option<DeviceClass>,
     /// Cache in pages up to EOF: dirty and writeback, before and after the map; `None` where it could not be read.
     pub dirty_pages: Option<u64>,

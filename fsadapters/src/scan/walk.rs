@@ -424,7 +424,8 @@ fn judge(found: &Inspection, fs: &KnownFs, page: PageSize) -> Layout {
         Some(_) => CacheState::Dirty,
         None => CacheState::Unknown,
     };
-    Layout::from_extents(MapFacts { size: found.size, extents: &found.extents, space, cache, page })
+    let facts = MapFacts { size: found.size, extents: &found.extents, space, cache, page };
+    Layout::from_extents(facts).with_holes(&found.holes, page)
 }
 
 fn special_words(kind: SpecialKind) -> &'static str {
