@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::cmd_doctor::DoctorArgs;
 use crate::cmd_farm::FarmArgs;
 use crate::scan_args::ScanArgs;
 
@@ -21,6 +22,8 @@ pub enum Command {
     Scan(ScanArgs),
     /// Make and remove container farms: roots from one image with known differences, for tests and trials.
     Farm(FarmArgs),
+    /// Tell what this kernel, user and file system can do.
+    Doctor(DoctorArgs),
 }
 
 /// How a report is written.

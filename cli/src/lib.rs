@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod cmd_doctor;
 mod cmd_farm;
 mod exit;
 mod human;
@@ -51,6 +52,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
     match cli.command {
         Command::Scan(args) => run_scan(&args),
         Command::Farm(args) => cmd_farm::run(&args),
+        Command::Doctor(args) => cmd_doctor::run(&args),
     }
 }
 

@@ -74,6 +74,7 @@ pub struct Check {
 #[derive(Clone, Debug, Serialize)]
 pub struct PathReport {
     /// As given.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// Type of the file system; empty when the path could not be opened.
     pub file_system: String,
@@ -81,6 +82,10 @@ pub struct PathReport {
     pub checks: Vec<Check>,
     /// Whether `pagefold scan` by extents can run there.
     pub can_scan: bool,
+}
+
+fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&crate::scan::path_text(path))
 }
 
 /// The whole report.

@@ -4,9 +4,12 @@
 //! cannot tell the simulation from a kernel.
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod conformance;
-pub mod fault;
 pub mod farm;
+pub mod fault;
+pub mod model;
 pub mod rig;
+pub mod run;
 pub mod sim;
 pub mod truth;

@@ -34,6 +34,12 @@ const MINCORE: Capability = optional(
     "scan: which pages of a partly cached file are resident",
     "such files count as of unknown residency",
 );
+const CACHE_OF_OTHERS: Capability = optional(
+    "cache-of-others",
+    "5.2 (mincore), 6.15 (cachestat)",
+    "scan: cache state of files that this user neither owns nor may write to (needs CAP_FOWNER)",
+    "such files are undecided, their residency is unknown",
+);
 const IO_URING: Capability = optional(
     "io_uring",
     "5.6",
@@ -112,6 +118,7 @@ pub(super) fn checks() -> Vec<Check> {
     vec![
         Check::tried(CACHESTAT, with(cachestat)),
         Check::tried(MINCORE, with(mincore)),
+        cache_of_others(),
         Check::tried(IO_URING, Ring::new(8).map(|_| "made a ring that opens and reads")),
         dont_cache(),
         Check::tried(HANDLES, root_handle()),
@@ -138,6 +145,16 @@ fn mincore(fd: &OwnedFd) -> io::Result<String> {
     let mut counted = 0;
     cache::mincore(fd.as_fd(), 8192, |_, pages| counted += pages)?;
     Ok(format!("found {counted} pages of a scratch file"))
+}
+
+/// Where the kernel would lie or refuse: asked of an owner who is nobody's user.
+fn cache_of_others() -> Check {
+    const SOMEBODY_ELSE: u32 = u32::MAX - 1;
+    if cache::residency_known_for_owner(SOMEBODY_ELSE) {
+        Check::new(CACHE_OF_OTHERS, State::Yes, "CAP_FOWNER is effective")
+    } else {
+        Check::new(CACHE_OF_OTHERS, State::NotPermitted, "only of files that this user owns or may write to")
+    }
 }
 
 /// Reads one byte of our own program: there is no file system in particular to ask.

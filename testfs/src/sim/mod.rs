@@ -25,6 +25,13 @@
 //! * XFS speculative preallocation past EOF is not modelled; maps end at EOF.
 //! * Space is reserved when holes are written; copy-on-write of shared blocks reserves nothing and never fails.
 //! * `O_NOATIME` is taken as always allowed: nothing here ever updates atime.
+//! * Mappings: a fork copies pages at once instead of on write. Page faults, reclaim and swap of anonymous memory are not
+//!   modelled. A file mapping is private and covers the file from its start. `O_TRUNC` slips past leases as in Linux, but
+//!   takes merged pages out of mappings at once, which a real host has to do itself when it hears of it.
+//! * A lease break has no time limit: a writer waits until everything is un-merged (Linux breaks by force after
+//!   `lease-break-time`).
+//! * Memory nodes are a function of the page's number; moving a page between nodes is not modelled, moving shared pages
+//!   is.
 //! * tmpfs pages are dirty for ever; `evict` does nothing to them (swap is not modelled).
 
 pub mod bugs;
@@ -33,11 +40,14 @@ mod data;
 pub mod disk;
 mod fiemap;
 pub mod flavour;
+mod host;
+pub mod memory;
 mod node;
 pub mod rng;
 pub mod source;
 #[cfg(test)]
 mod tests;
+pub mod user;
 mod world;
 mod writeback;
 
@@ -46,6 +56,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use pagefold_engine::units::PageSize;
 
 pub use flavour::Flavour;
+pub use memory::Kernel;
 pub use node::{Attributes, CacheCounts, FsIx, NodeId};
 pub use rng::Rng;
 pub use world::{Place, World};

@@ -302,6 +302,19 @@ impl World {
         Ok(node)
     }
 
+    /// A file without a name beside `of` (`O_TMPFILE`), held once: gone with the last [`World::let_go`].
+    ///
+    /// # Errors
+    /// `ENOENT`, `EINVAL` when `of` is no file.
+    pub fn unnamed(&mut self, of: NodeId) -> io::Result<NodeId> {
+        let realtime = self.file(of)?.1.realtime;
+        let (fs, dev) = (self.node(of)?.fs, self.node(of)?.id.dev);
+        let node = self.new_node(fs, dev, Body::File(FileBody { realtime, ..FileBody::default() }));
+        let fresh = self.nodes.get_mut(&node).expect("just made");
+        (fresh.links, fresh.held) = (0, 1);
+        Ok(node)
+    }
+
     /// A directory.
     ///
     /// # Errors
@@ -443,6 +456,12 @@ impl World {
 
     pub(crate) fn may_read(&self, node: &Node) -> bool {
         self.privileged || node.readable
+    }
+
+    /// Files that live without a name.
+    #[must_use]
+    pub fn unnamed_files(&self) -> Vec<NodeId> {
+        self.nodes.iter().filter(|(_, n)| n.links == 0).map(|(id, _)| *id).collect()
     }
 
     /// What a file's file system is.
