@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::cmd_demo::DemoArgs;
 use crate::cmd_doctor::DoctorArgs;
 use crate::cmd_farm::FarmArgs;
 use crate::scan_args::ScanArgs;
@@ -24,6 +25,8 @@ pub enum Command {
     Farm(FarmArgs),
     /// Tell what this kernel, user and file system can do.
     Doctor(DoctorArgs),
+    /// Make a small farm on a file system of its own, scan it, print the report, remove everything again.
+    Demo(DemoArgs),
 }
 
 /// How a report is written.

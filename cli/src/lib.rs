@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod cmd_demo;
 mod cmd_doctor;
 mod cmd_farm;
 mod exit;
@@ -53,6 +54,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Scan(args) => run_scan(&args),
         Command::Farm(args) => cmd_farm::run(&args),
         Command::Doctor(args) => cmd_doctor::run(&args),
+        Command::Demo(args) => cmd_demo::run(&args),
     }
 }
 
