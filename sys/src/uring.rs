@@ -86,7 +86,8 @@ enum InFlight {
     Read { token: u64, buffer: Buffer, _file: Arc<OwnedFd> },
 }
 
-/// A ring. For the thread that made it.
+/// A ring. For the thread that made it. For regular files: dropping it waits for what is in flight, and a read of an empty pipe
+/// would never end.
 pub struct Ring {
     ring: IoUring,
     /// By `user_data`.

@@ -361,3 +361,83 @@ fn set_direct(fd: impl AsFd, direct: bool) -> bool {
     }
     direct
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use pagefold_engine::units::{PageCount, PageIndex};
+
+    use super::*;
+
+    fn accepted(path: &std::path::Path) -> JobFile {
+        let meta = std::fs::metadata(path).unwrap();
+        let job = ReadJob {
+            tag: 7,
+            path: path.to_owned(),
+            inode: InodeId { dev: meta.dev(), ino: meta.ino() },
+            size: meta.len(),
+            ctime: (meta.ctime(), meta.ctime_nsec() as u32),
+            ranges: vec![(PageIndex(0), PageCount(1))],
+            resident: true,
+        };
+        let mode = OpenMode::of(&job);
+        let fd = rustix::fs::open(path, mode.flags(), rustix::fs::Mode::empty()).unwrap();
+        let file = JobFile::accept(job, fd, mode, 16, &mut Learnt::default());
+        file.unwrap_or_else(|(_, verdict)| panic!("{verdict:?}"))
+    }
+
+    #[test]
+    fn a_change_between_the_first_and_the_last_look_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [1; 100]).unwrap();
+        let quiet = accepted(&path);
+        let outcome = quiet.finish(&mut Learnt::default());
+        assert!(matches!(outcome, ReadOutcome::Hashed { tag: 7, .. }), "{outcome:?}");
+        let changed = accepted(&path);
+        std::thread::sleep(std::time::Duration::from_millis(20)); // More than a tick of the clock that stamps ctime.
+        std::fs::File::options().write(true).open(&path).unwrap().write_all_at(b"2", 0).unwrap();
+        let outcome = changed.finish(&mut Learnt::default());
+        assert!(matches!(outcome, ReadOutcome::Moved { tag: 7 }), "{outcome:?}");
+    }
+
+    #[test]
+    fn short_reads_go_on_at_a_page_and_early_ends_are_moves() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, vec![1; 40_000]).unwrap();
+        let mut file = accepted(&path);
+        let chunk = Chunk { first_hash: 0, offset: 0, pages: 1 };
+        let mut buffer = vec![0; rustix::param::page_size()];
+        let asked = file.ask();
+        assert_eq!(file.read_done(&chunk, 0, asked, &mut buffer, Ok(512)), Step::Again(0));
+        let interrupted = Err(Errno::INTR.into());
+        assert_eq!(file.read_done(&chunk, 0, asked, &mut buffer, interrupted), Step::Again(0));
+        assert!(file.verdict.is_none());
+        assert_eq!(file.read_done(&chunk, 0, asked, &mut buffer, Ok(0)), Step::Done);
+        assert!(matches!(file.verdict, Some(Verdict::Moved)));
+        let mut file = accepted(&path);
+        let broken = Err(Errno::IO.into());
+        assert_eq!(file.read_done(&chunk, 0, asked, &mut buffer, broken), Step::Done);
+        let outcome = file.finish(&mut Learnt::default());
+        assert!(matches!(outcome, ReadOutcome::Failed { tag: 7, .. }), "{outcome:?}");
+    }
+
+    #[test]
+    fn interruptions_are_not_endless() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [1; 100]).unwrap();
+        let mut file = accepted(&path);
+        let chunk = Chunk { first_hash: 0, offset: 0, pages: 1 };
+        let asked = file.ask();
+        let turns = (0..10_000)
+            .take_while(|_| {
+                let again = Err(Errno::AGAIN.into());
+                file.read_done(&chunk, 0, asked, &mut [], again) == Step::Again(0)
+            })
+            .count();
+        assert_eq!(turns, RETRIES_MAX as usize);
+    }
+}
