@@ -27,10 +27,14 @@ struct Case {
 }
 
 fn case(fs: RigFs, snapshots: bool, seed: u64) -> Case {
+    case_of(fs, snapshots, seed, ImageSpec::Synthetic(SyntheticSpec { files: 250, max_bytes: 256 << 10 }))
+}
+
+fn case_of(fs: RigFs, snapshots: bool, seed: u64, image: ImageSpec) -> Case {
     let mut rig = LoopRig::new(fs).unwrap_or_else(|e| panic!("this test needs root and loop devices: {e}"));
     let dir = rig.path().join("farm");
     let spec = FarmSpec {
-        image: ImageSpec::Synthetic(SyntheticSpec { files: 250, max_bytes: 256 << 10 }),
+        image,
         roots: 4,
         drift_percent: 20.0,
         seed,
@@ -40,7 +44,7 @@ fn case(fs: RigFs, snapshots: bool, seed: u64) -> Case {
     };
     let manifest =
         farm::create(&spec, &|_| (), &AtomicBool::new(false)).unwrap_or_else(|e| panic!("farm: {e}"));
-    let by_provenance = Truth::by_provenance(&dir, &manifest).expect("a synced synthetic farm is derivable");
+    let by_provenance = Truth::by_provenance(&dir, &manifest).expect("a synced farm is derivable");
     let by_bytes = Truth::by_bytes(&dir, &manifest).expect("readable");
     rig.remount().expect("nothing is open");
     Case { manifest, by_provenance, by_bytes, dir, _rig: rig }
@@ -93,30 +97,60 @@ impl Case {
     /// The scan equals what the manifest says, and leaves the cache as it was.
     fn check_extents(&mut self, what: &str) {
         let roots = self.roots();
-        self.by_provenance.look_at_cache().expect("readable");
-        let before = self.by_provenance.clone();
-        let expected = before.expected();
-        compare(&scan(&roots, &[]), &roots, &expected, what);
-        self.by_provenance.look_at_cache().expect("readable");
-        assert!(self.by_provenance == before, "{what}: scanning extents changed what is cached");
-        assert_eq!(
-            expected.totals.resident_bytes,
-            fincore_pages(&before) * PAGE,
-            "{what}: mincore and fincore disagree"
-        );
+        let truth = &mut self.by_provenance;
+        for _ in 0..TRIES {
+            truth.look_at_cache().expect("readable");
+            let before = truth.clone();
+            let counted = fincore_pages(&before);
+            let report = scan(&roots, &[]);
+            truth.look_at_cache().expect("readable");
+            if *truth == before {
+                let expected = before.expected();
+                assert_eq!(
+                    expected.totals.resident_bytes,
+                    counted * PAGE,
+                    "{what}: mincore and fincore disagree"
+                );
+                return compare(&report, &roots, &expected, what);
+            }
+        }
+        panic!("{what}: what is cached changed each time while extents were scanned");
     }
 
     /// The scan equals what the bytes say, and brings in less than 2 % of what it reads.
     fn check_content(&mut self, what: &str) {
         let roots = self.roots();
-        self.by_bytes.look_at_cache().expect("readable");
-        let expected = self.by_bytes.expected();
-        compare(&scan(&roots, &["--content"]), &roots, &expected, what);
-        self.by_bytes.look_at_cache().expect("readable");
-        let (now, then) = (self.by_bytes.expected().totals.resident_bytes, expected.totals.resident_bytes);
-        let allowed = (expected.totals.cache_bytes - then.min(expected.totals.cache_bytes)) / 50;
-        assert!(now <= then + allowed, "{what}: reading brought {} bytes into the cache", now - then);
+        let truth = &mut self.by_bytes;
+        for _ in 0..TRIES {
+            truth.look_at_cache().expect("readable");
+            let before = truth.clone();
+            let report = scan(&roots, &["--content"]);
+            truth.look_at_cache().expect("readable");
+            if keeps_all(&before, truth) {
+                let expected = before.expected();
+                let (now, then) = (truth.expected().totals.resident_bytes, expected.totals.resident_bytes);
+                let allowed = expected.totals.cache_bytes.saturating_sub(then) / 50;
+                assert!(now <= then + allowed, "{what}: reading brought {} bytes into the cache", now - then);
+                return compare(&report, &roots, &expected, what);
+            }
+        }
+        panic!("{what}: cached pages were lost each time while contents were read");
     }
+}
+
+/// How often a check is made again because the kernel took pages away meanwhile (other programs need memory too). What
+/// the scan itself does to the cache it does each time.
+const TRIES: u32 = 5;
+
+/// Whether every page that was cached still is.
+fn keeps_all(before: &Truth, after: &Truth) -> bool {
+    let files = |truth: &Truth| truth.roots.iter().flat_map(|r| r.files.clone()).collect::<Vec<_>>();
+    files(before).iter().zip(files(after)).all(|(then, now)| {
+        let kept = |first: u64, pages: u64| {
+            now.resident.iter().any(|(start, length)| *start <= first && first + pages <= start + length)
+        };
+        then.resident.iter().all(|(first, pages)| kept(*first, *pages))
+    })
 }
 
 fn scan(roots: &[PathBuf], extra: &[&str]) -> Value {
@@ -295,4 +329,21 @@ fn privileged_exact_extents_of_some_roots_in_another_order() {
     compare(&scan(&roots, &[]), &roots, &case.by_provenance.expected(), "three roots backwards");
     case.by_provenance.roots.truncate(1);
     compare(&scan(&roots[..1], &[]), &roots[..1], &case.by_provenance.expected(), "one root");
+}
+
+/// Files that nobody made up: the sources of this package.
+#[test]
+fn privileged_exact_for_an_image_from_a_directory() {
+    let image = ImageSpec::Dir(Path::new(env!("CARGO_MANIFEST_DIR")).to_owned());
+    let mut case = case_of(RigFs::Xfs, false, 18, image);
+    case.read_some(18);
+    case.check_extents("directory image, extents");
+    case.check_content("directory image, content");
+}
+
+/// Four blocks to a page: extents decide only pages that happen to be one aligned run, which the manifest can't know.
+/// Reading decides all the same.
+#[test]
+fn privileged_exact_content_on_xfs_with_small_blocks() {
+    exact_content(RigFs::XfsSmallBlocks, false, 19);
 }
