@@ -124,11 +124,10 @@ struct Piece<'a> {
 }
 
 fn pieces(files: &[TreeFile]) -> Vec<Piece<'_>> {
-    let of = |file| {
-        let TreeFile { size, .. } = *file;
-        let starts = (0..size).step_by(PIECE_BYTES as usize);
-        starts.map(move |from| Piece { file, from, to: size.min(from + PIECE_BYTES) })
-    };
+    fn of(file: &TreeFile) -> impl Iterator<Item = Piece<'_>> {
+        let starts = (0..file.size).step_by(PIECE_BYTES as usize);
+        starts.map(move |from| Piece { file, from, to: file.size.min(from + PIECE_BYTES) })
+    }
     files.iter().flat_map(of).collect()
 }
 
