@@ -76,12 +76,37 @@ impl Engine {
         }
     }
 
-    /// A mapping was truncated: its pages from `from` on are gone, with whatever they showed (K-063).
+    /// A mapping was truncated: pages from `from` on are gone, with whatever they showed (K-063). The notice may come late
+    /// (inotify tells of `O_TRUNC` afterwards), when the file has grown and merged again: so records go by what the
+    /// host shows now. What can't be looked at is left to the next pass.
     pub fn truncated(&mut self, host: &mut dyn MergeHost, mapping: MappingId, from: PageIndex) {
         if self.registry.get(mapping).is_some() {
-            self.drop_records(host, make_span(mapping, from.0, u64::MAX - from.0), Decision::Dropped);
+            for range in self.registry.ranges_in(make_span(mapping, from.0, u64::MAX - from.0)) {
+                if let Err(error) = self.reconcile_range(host, range) {
+                    self.count(range, Decision::HostError, 1);
+                    self.errors.push(error);
+                }
+            }
         }
         self.settle(host);
+    }
+
+    /// Brings the records of a registered range into line with what the host shows.
+    fn reconcile_range(&mut self, host: &mut dyn MergeHost, range: Span) -> Result<(), HostError> {
+        let mut at = range.start;
+        let mut seen: Vec<Observed> = Vec::new();
+        while at < range.end() {
+            seen.clear();
+            let from = Site { mapping: range.mapping, offset: at };
+            let Visit::Upto { next } = host.observe(from, range.end(), UNMERGE_PAGES, &mut seen)? else {
+                self.registry.mark_exiting(range.mapping);
+                return Ok(());
+            };
+            let chunk = checked_chunk(range, at, next, &seen);
+            self.reconcile(host, chunk, &seen);
+            at = next;
+        }
+        Ok(())
     }
 
     /// A mapping is about to be torn down. Never waits (K-090): without records it is forgotten at once

@@ -33,12 +33,15 @@ pub(crate) enum SiteState {
     Shared { page: SharedPage, private: Private },
     /// Shows the zero page; protected.
     Zero { private: Private },
+    /// Shows a shared page that no index names, after a break that failed; protected. Counted as volatile. Kept apart
+    /// from it since the kernel may copy for a store before the next try: then the protection must still be lifted.
+    Stray,
 }
 
 impl SiteState {
     /// Whether the site shows something that is not its own.
     pub fn is_merged(self) -> bool {
-        matches!(self, SiteState::Shared { .. } | SiteState::Zero { .. })
+        matches!(self, SiteState::Shared { .. } | SiteState::Zero { .. } | SiteState::Stray)
     }
 }
 
@@ -199,7 +202,7 @@ impl Records {
         let gauges = self.counters.gauges(owner);
         shift(&mut gauges.sites, pages);
         match record.state {
-            SiteState::Volatile => shift(&mut gauges.rest, pages),
+            SiteState::Volatile | SiteState::Stray => shift(&mut gauges.rest, pages),
             SiteState::Unstable { .. } => shift(&mut gauges.pages_unshared, pages),
             SiteState::Zero { .. } => shift(&mut gauges.zero_pages, pages),
             SiteState::Shared { page, .. } => {

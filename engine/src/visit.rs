@@ -111,9 +111,9 @@ impl Engine {
         }
         for (part, record) in self.records.pieces(span) {
             if record.state.is_merged() {
-                // Not broken, for want of memory: the page stays shared and protected without a record
-                // until a later pass meets it as a stray (K-065).
-                self.set(part, SiteRecord::new(SiteState::Volatile));
+                // Not broken, for want of memory: the page stays shared and protected, in no index, until a
+                // later pass meets it as a stray (K-065).
+                self.set(part, SiteRecord::new(SiteState::Stray));
             }
         }
         self.remember_checksums(host, span);
@@ -137,7 +137,7 @@ impl Engine {
                     if known.is_some() {
                         self.count(sub, Decision::ForeignDomain, len);
                     }
-                    self.set(sub, SiteRecord::new(SiteState::Volatile));
+                    self.set(sub, SiteRecord::new(SiteState::Stray));
                     match self.break_run(host, sub, Decision::StrayBroken) {
                         Err(UnmergeError::Host(error)) => self.errors.push(error),
                         _ => self.remember_checksums(host, sub),
