@@ -50,6 +50,15 @@ pub struct RawExtent {
     pub flags: ExtentFlags,
 }
 
+impl RawExtent {
+    /// Whether `next` begins where this ends, in the file and on the device. Never for sums that don't fit 64 bits.
+    fn is_continued_by(&self, next: &RawExtent) -> bool {
+        self.logical.checked_add(self.length) == Some(next.logical)
+            && self.physical.checked_add(self.length) == Some(next.physical)
+            && self.length.checked_add(next.length).is_some()
+    }
+}
+
 /// What is known of a file's cache when its map is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CacheState {
@@ -119,8 +128,20 @@ impl Layout {
             sorted = copy;
             &sorted[..]
         };
-        for extent in extents {
-            builder.extent(extent, verdict(extent, space, facts.cache));
+        let mut rest = extents.iter().peekable();
+        while let Some(extent) = rest.next() {
+            let judged = verdict(extent, space, facts.cache);
+            let mut whole = *extent;
+            // XFS splits an extent where its number of owners changes; with small blocks that is in the midst of a page.
+            while let Some(next) = rest.next_if(|next| {
+                let both_plain = |v| matches!(v, Verdict::Plain(_));
+                both_plain(judged)
+                    && both_plain(verdict(next, space, facts.cache))
+                    && whole.is_continued_by(next)
+            }) {
+                whole.length += next.length;
+            }
+            builder.extent(&whole, judged);
         }
         builder.finish_with(gap)
     }
