@@ -36,7 +36,7 @@ pub fn of_counted(fd: BorrowedFd<'_>, size: u64, cached: u64, page: PageSize) ->
         }
         if cached >= pages {
             runs.add(start, pages);
-        } else if pages <= MINCORE_PAGES {
+        } else if pages <= MINCORE_PAGES && can_be_mapped(start + pages, page) {
             let end = ((start + pages) << page.shift()).min(size);
             mincore_range(fd, start << page.shift(), end, |first, count| runs.add(first, count))?;
         } else {
@@ -47,6 +47,11 @@ pub fn of_counted(fd: BorrowedFd<'_>, size: u64, cached: u64, page: PageSize) ->
         }
     }
     Ok(runs.into_residency(pages))
+}
+
+/// The kernel maps no page that reaches beyond the largest file offset: of a file of 8 EiB - 1 not the last one.
+fn can_be_mapped(end: u64, page: PageSize) -> bool {
+    end.checked_mul(page.bytes()).is_some_and(|end| end <= i64::MAX.cast_unsigned())
 }
 
 /// Residency by `mincore` alone, where `cachestat` can't tell (overlayfs, kernels before 6.5). Costs time by `size`.

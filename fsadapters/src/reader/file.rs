@@ -221,7 +221,11 @@ impl JobFile {
     /// Bytes of `chunk` to ask for when `filled` are there: whole pages, so that direct reads stay aligned; the
     /// kernel stops at EOF.
     pub(super) fn bytes_to_ask(chunk: &Chunk, filled: usize) -> usize {
-        chunk.pages * rustix::param::page_size() - filled
+        let whole = chunk.pages * rustix::param::page_size() - filled;
+        // The last page of a file of 8 EiB - 1 ends beyond what an offset can say: refused, unless asked for less. Direct
+        // reads then are refused as unaligned, and asked again through the cache.
+        let room = i64::MAX.cast_unsigned().saturating_sub(chunk.offset + filled as u64);
+        whole.min(usize::try_from(room).unwrap_or(usize::MAX))
     }
 
     /// Judges the end of a read of `chunk` that filled `buffer` from `filled` on.
