@@ -90,11 +90,26 @@ pub fn scan<S: FileSource>(source: &S, config: &ScanConfig, progress: &Progress)
     progress.set_phase(Phase::Figures);
     let map = relabelled.as_ref().unwrap_or(&collected.map);
     let savings = map.savings(config.matrix);
+    note_unknown_cache(&roots, &savings, &mut notes);
     let facts = Facts { config, roots: &roots, page, collected: &collected, map, savings: &savings };
     let mut report = facts.report(notes);
     report.partial = progress.is_cancelled();
     report.elapsed_s = started.elapsed().as_secs_f64();
     report
+}
+
+/// The resident figures lack files whose cache is none of this user's business: that must not go unsaid.
+fn note_unknown_cache(roots: &[RootSpec], savings: &Savings, notes: &mut Notes) {
+    for (root, figures) in roots.iter().zip(&savings.roots) {
+        let files = figures.own.resident_unknown_files;
+        if files > 0 {
+            let text = format!(
+                "what is cached of {files} files is not known to this user (neither owner nor privileged): they are \
+                 not in the resident figures"
+            );
+            notes.errors.add(root.path.clone(), text);
+        }
+    }
 }
 
 type RootInodes = FxHashMap<crate::source::InodeId, RootId>;
