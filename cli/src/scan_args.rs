@@ -22,8 +22,8 @@ const DEFAULT_DOMAIN: &str = "default";
 /// Arguments of `pagefold scan`.
 #[derive(Debug, Args)]
 #[command(
-    long_about = "Tell how much page cache directory trees waste on equal pages, and what merging would give back.\n\n\
-        By default only extent maps and cache state are read: no data, a few microseconds a file. Nothing is modified.\n\n\
+    // Not `long_about`: the doc comment of the subcommand would silently replace it.
+    after_long_help = "By default only extent maps and cache state are read: no data, a few microseconds a file. Nothing is modified.\n\n\
         Exit status: 0 done; 1 partial (interrupted, or the report lists errors); 2 wrong usage or no root could be \
         scanned; 3 this host can't."
 )]
