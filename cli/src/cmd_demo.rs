@@ -33,9 +33,9 @@ const SIM_FILES_MAX: u32 = 200;
 /// Arguments of `pagefold demo`.
 #[derive(Debug, Args)]
 #[command(
-    long_about = "Make a small farm of reflinked container roots on a loopback XFS, read every root once as its \
-        container would, scan it, print the report and remove everything again. That needs root; without root the \
-        same is shown over a simulated file system.\n\n\
+    // Not `long_about`: the doc comment of the subcommand would silently replace it.
+    after_long_help = "The roots are reflinked on a loopback XFS and read once, as their containers would. That needs root; \
+        without root the same is shown over a simulated file system.\n\n\
         The backing file lies in the directory PAGEFOLD_TMPDIR, or the system's temporary one.\n\n\
         Exit status: 0 shown; 1 interrupted, or root but no file system could be made (the simulation was shown); \
         2 an error."
