@@ -13,9 +13,9 @@ use super::plan::Chunk;
 use super::{JOBS_PER_GRAB, Shared, plain};
 use crate::source::{FsError, FsOp, ReadJob};
 
-/// Requests a ring must hold for `depth` reads: as many opens on top.
+/// Requests a ring must hold: `depth` reads, as many that are asked again (short or interrupted), and the opens.
 pub(super) const fn requests(depth: u32) -> u32 {
-    depth + opens_ahead(depth)
+    2 * depth + opens_ahead(depth)
 }
 
 /// Bytes hashed before the ring is looked after again.
@@ -48,6 +48,13 @@ struct Read {
     chunk: Chunk,
     filled: usize,
     asked: Asked,
+}
+
+/// A read that came back, not hashed yet.
+struct Finished {
+    read: Read,
+    buffer: Buffer,
+    result: io::Result<usize>,
 }
 
 struct Worker<'a, 'b> {
@@ -94,14 +101,15 @@ impl<'a, 'b> Worker<'a, 'b> {
                 return self.fail_all(&error);
             }
             self.accept_opens(&mut events);
+            // Out of the count of reads in flight before they are hashed: others take their places meanwhile.
+            let finished: Vec<Finished> = events.drain(..).filter_map(|e| self.finished(e)).collect();
             self.top_up();
             // Errors come back from the next wait.
             let _ = self.ring.submit();
             let mut hashed = 0;
-            for event in events.drain(..) {
-                let Event::Read { token, buffer, result } = event else { continue };
-                hashed += result.as_ref().copied().unwrap_or(0);
-                self.read_done(token as usize, buffer, result);
+            for read in finished {
+                hashed += read.result.as_ref().copied().unwrap_or(0);
+                self.read_done(read);
                 // Hashing this much takes longer than a read: keep the disk busy in between. Not after each small file: a
                 // system call each costs more than it gains.
                 if hashed >= HASHED_BETWEEN_SUBMITS {
@@ -202,8 +210,13 @@ impl<'a, 'b> Worker<'a, 'b> {
         }
     }
 
-    fn read_done(&mut self, token: usize, mut buffer: Buffer, result: io::Result<usize>) {
-        let read = self.reads.remove(token);
+    fn finished(&mut self, event: Event) -> Option<Finished> {
+        let Event::Read { token, buffer, result } = event else { return None };
+        Some(Finished { read: self.reads.remove(token as usize), buffer, result })
+    }
+
+    fn read_done(&mut self, finished: Finished) {
+        let Finished { read, mut buffer, result } = finished;
         let Slot::Reading(file) = self.files.get(read.file) else { unreachable!("reads are of open files") };
         match file.read_done(&read.chunk, read.filled, read.asked, buffer.bytes_mut(), result) {
             Step::Again(filled) => {
