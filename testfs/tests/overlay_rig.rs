@@ -26,7 +26,8 @@ impl Overlay {
         }
         let prefix = if relative { String::new() } else { format!("{}/", home.display()) };
         let lower: Vec<String> = lower.split(':').map(|l| format!("{prefix}{l}")).collect();
-        let options = format!("lowerdir={},upperdir={prefix}{up},workdir={prefix}{wk}{extra}", lower.join(":"));
+        let options =
+            format!("lowerdir={},upperdir={prefix}{up},workdir={prefix}{wk}{extra}", lower.join(":"));
         let mut mount = Command::new("mount");
         mount.current_dir(home).args(["-t", "overlay", "overlay", "-o", &options]).arg(home.join(&at));
         assert!(mount.status().expect("this test needs root and mount(8)").success(), "{options}");
@@ -100,15 +101,22 @@ fn privileged_two_overlays_over_one_lower_are_one_inode_and_a_copy_up_is_another
                 }
                 fs::write(overlay.0.join("born"), b"new").unwrap();
                 // Same size and content as before: only the inode is another.
-                fs::set_permissions(overlay.0.join("g"), fs::metadata(overlay.0.join("g")).unwrap().permissions())
-                    .unwrap();
+                fs::set_permissions(
+                    overlay.0.join("g"),
+                    fs::metadata(overlay.0.join("g")).unwrap().permissions(),
+                )
+                .unwrap();
             }
             for file in ["f", "dir/h", "g", "born"] {
                 assert_eq!(two.real_inode(file), raw_inode(home.join("two-up").join(file)), "{fs:?} {file}");
                 // A relative upper can't be opened: then a born file has a handle, a copied-up one only a name.
                 match (relative && file != "born", one.real(file)) {
                     (false, RealFile::Open(fd)) => {
-                        assert_eq!(inode(&fd.into()), raw_inode(home.join("one-up").join(file)), "{fs:?} {file}");
+                        assert_eq!(
+                            inode(&fd.into()),
+                            raw_inode(home.join("one-up").join(file)),
+                            "{fs:?} {file}"
+                        );
                     }
                     (true, RealFile::Named(name)) => {
                         assert_ne!(name, two.real_inode(file), "{fs:?} {file}");
