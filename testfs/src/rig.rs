@@ -16,11 +16,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
-use rustix::mount::UnmountFlags;
 
 mod base;
 mod tools;
 
+pub(crate) use base::unmount;
 pub use base::{base_dir, sweep};
 pub use tools::{KnownFs, RigError, fs_kind};
 pub(crate) use tools::{detach_loops_of, require_root};
@@ -145,8 +145,7 @@ impl LoopRig {
     /// # Errors
     /// `EBUSY` while something is open on it.
     pub fn remount(&mut self) -> Result<(), RigError> {
-        rustix::mount::unmount(&self.mount_point, UnmountFlags::empty())
-            .map_err(|e| RigError::io("unmount", &self.mount_point, e.into()))?;
+        base::unmount(&self.mount_point)?;
         self.direct_io = mount_image(self.fs, &self.image(), &self.mount_point)?;
         Ok(())
     }

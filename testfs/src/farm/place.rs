@@ -10,7 +10,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::mount::UnmountFlags;
 
 use crate::rig::{self, KnownFs, RigFs, fs_kind};
 
@@ -171,8 +170,7 @@ pub(super) fn take_back(dir: &Path, own_filesystem: bool, made_directory: bool) 
         let image = backing(dir);
         if is_mounted_from(dir, &image) {
             // Not lazily: a farm that is in use stays, whole.
-            rustix::mount::unmount(dir, UnmountFlags::empty())
-                .map_err(|e| FarmError::io("unmount (is it in use?)", dir, e))?;
+            rig::unmount(dir)?;
         }
         rig::detach_loops_of(&image);
         remove_if_there(&image)?;

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::mount::UnmountFlags;
@@ -76,7 +77,7 @@ pub fn sweep(base: &Path) -> Result<(), RigError> {
 /// still mounted there is not ours to delete file by file.
 pub(super) fn dismantle(home: &Path) {
     let mount = home.join(MOUNT);
-    if rustix::mount::unmount(&mount, UnmountFlags::empty()).is_err() {
+    if unmount(&mount).is_err() {
         let _ = rustix::mount::unmount(&mount, UnmountFlags::DETACH);
     }
     let image = home.join(IMAGE);
@@ -86,6 +87,25 @@ pub(super) fn dismantle(home: &Path) {
     let _ = std::fs::remove_dir(mount);
     let _ = std::fs::remove_file(home.join(LOCK));
     let _ = std::fs::remove_dir(home);
+}
+
+/// Unmounts what is mounted at `path`. Busy is tried again for a while: a process that another thread is just starting
+/// holds copies of all our descriptors until it executes its program.
+///
+/// # Errors
+/// `EBUSY` when it stays in use, `EINVAL` when nothing is mounted there.
+pub(crate) fn unmount(path: &Path) -> Result<(), RigError> {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let started = Instant::now();
+    loop {
+        match rustix::mount::unmount(path, UnmountFlags::empty()) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::BUSY) if started.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(e) => return Err(RigError::io("unmount (is it in use?)", path, e.into())),
+        }
+    }
 }
 
 fn open_lock(path: &Path, flags: OFlags) -> Result<OwnedFd, RigError> {
