@@ -138,6 +138,29 @@ fn privileged_sums_beyond_64_bits_saturate() {
     assert!(table.status.success());
 }
 
+/// A hole has no size on disk and no end: a file system without maps must not make `--content` read it for ever.
+#[test]
+fn privileged_huge_sparse_files_on_tmpfs_end() {
+    let home = rig(RigFs::Xfs);
+    let at = Mounted::new(&["-t", "tmpfs", "-o", "size=64m", "tmpfs"], &home.path().join("tmpfs"));
+    for size in [64u64 << 30, i64::MAX as u64] {
+        sparse(&at.0.join("sparse"), size);
+        write_at(&at.0.join("sparse"), 1 << 30, 1, PAGE as usize);
+        for extra in [&[][..], &["--content"]] {
+            let started = Instant::now();
+            let output = std::process::Command::new("timeout")
+                .args(["-s", "KILL", "20", env!("CARGO_BIN_EXE_pagefold"), "scan", "--format", "json"])
+                .args(extra)
+                .arg(&at.0)
+                .output()
+                .expect("this test needs timeout");
+            let found = common::Scan::of(&output);
+            assert!(started.elapsed() < Duration::from_secs(3), "{size} {extra:?}: {:?}", started.elapsed());
+            found.expect(&[("resident_bytes", PAGE), ("mergeable_page_bytes", 0)]);
+        }
+    }
+}
+
 /// An overlay mount over `lower`, its upper and work directory beside it.
 fn overlay(home: &Path, name: &str, lower: &Path) -> Mounted {
     let [upper, work] = ["upper", "work"].map(|kind| dir(home, &format!("{name}-{kind}")));
