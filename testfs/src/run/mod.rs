@@ -48,6 +48,8 @@ pub struct Summary {
     pub held: u64,
     /// Raced outcomes.
     pub raced: u64,
+    /// Pages merged by their place on disk.
+    pub physical: u64,
 }
 
 /// A run's verdict and what led to it.
@@ -108,7 +110,10 @@ fn wrong(result: Result<(), String>) -> Checked {
 impl Driver {
     fn new(seed: u64, plant: Option<Plant>) -> Driver {
         let mut rng = Rng::new(seed);
-        let plan = Plan::draw(&mut rng);
+        let mut plan = Plan::draw(&mut rng);
+        if matches!(plant, Some(Plant::DirtyUnseen | Plant::StaleMapTrusted)) {
+            plan.favour_places();
+        }
         let world = World::new(plan.flavour, plan.page, rng.bits());
         let engine = Engine::new(plan.knobs);
         let model = Model::new(plan.page.bytes() as usize);
@@ -171,8 +176,8 @@ impl Driver {
         self.next_mapping += 1;
         let domain = DomainId(self.rng.below(u64::from(self.kernel.plan.domains)) as u16);
         let pages = 2 + self.rng.below(9);
-        let anonymous = self.rng.percent(40);
-        let routes = [Route::Physical, Route::Physical, Route::Content, Route::ContentDedupe];
+        let anonymous = self.rng.percent(self.kernel.plan.anonymous);
+        let by_bytes = [Route::Content, Route::ContentDedupe];
         let (reg, file) = if anonymous {
             let protect = if self.rng.percent(50) { ProtectKind::Wp } else { ProtectKind::KernelCow };
             let kind = MappingKind::Anonymous;
@@ -184,7 +189,9 @@ impl Driver {
             let file = *self.rng.pick(list).expect("there are files");
             let protect = if immutable { ProtectKind::Immutable } else { ProtectKind::Lease };
             let (kind, backend) = (MappingKind::File, Backend::Remap);
-            let route = *self.rng.pick(&routes).expect("not empty");
+            let by_place = self.rng.percent(self.kernel.plan.by_place);
+            let bytes = *self.rng.pick(&by_bytes).expect("not empty");
+            let route = if by_place { Route::Physical } else { bytes };
             (Registration { mapping, kind, protect, domain, backend, route }, Some(file))
         };
         self.kernel.trace.push(format!("spawn {reg:?} of {file:?}, {pages} pages"));
@@ -290,6 +297,8 @@ impl Driver {
                 waiter.pending = self.announce(&waiter.held);
                 waiter.announced = true;
             }
+            // The pages of a mapping that is gone went with it; the engine has nothing to release there.
+            waiter.pending.retain(|span| self.kernel.registration(span.mapping).is_some());
             if self.is_pointless(&waiter.held) {
                 continue;
             }
@@ -462,6 +471,7 @@ impl Driver {
             [Decision::MergedPhysical, Decision::MergedBytes, Decision::MergedKernel, Decision::MergedZero];
         self.summary.merged = merges.iter().map(|d| decisions.get(*d)).sum();
         self.summary.raced = decisions.get(Decision::Raced);
+        self.summary.physical = decisions.get(Decision::MergedPhysical);
     }
 }
 

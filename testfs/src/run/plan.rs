@@ -77,6 +77,10 @@ pub struct Plan {
     pub stale_hints: u64,
     /// Digests have two bits.
     pub weak_digests: bool,
+    /// Of 100 mappings, how many are anonymous.
+    pub anonymous: u64,
+    /// Of 100 file mappings, how many are merged by place.
+    pub by_place: u64,
     /// Memory nodes.
     pub nodes: u64,
     /// Trust domains.
@@ -126,11 +130,23 @@ impl Plan {
             busy: sometimes(rng, 30, 20),
             stale_hints: sometimes(rng, 50, 90),
             weak_digests: rng.percent(25),
+            anonymous: *rng.pick(&[0, 20, 40, 80]).expect("not empty"),
+            by_place: *rng.pick(&[20, 60, 100]).expect("not empty"),
             nodes: 1 + sometimes(rng, 25, 2),
             domains: 1 + sometimes(rng, 40, 2) as u16,
             crashes: rng.percent(15),
             knobs: Plan::knobs(rng),
         }
+    }
+
+    /// Bugs in the proof by place show only where places prove something: reflinked files that are written to.
+    pub(crate) fn favour_places(&mut self) {
+        self.page = PageSize::new(1024).expect("a power of two");
+        self.flavour = Flavour::XfsSmallBlocks;
+        (self.by_place, self.anonymous, self.domains, self.nodes) = (100, 0, 1, 1);
+        self.stale_hints = self.stale_hints.max(60);
+        self.ops =
+            vec![(Op::Write, 30), (Op::Touch, 25), (Op::Writeback, 8), (Op::Clone, 20), (Op::Store, 2)];
     }
 
     /// Draws knobs.

@@ -54,7 +54,7 @@ impl Kernel {
     }
 
     fn no_memory(&mut self) -> bool {
-        self.plant == Some(Plant::NeverMemory) || (self.rough && self.rng.percent(self.plan.no_memory))
+        self.rough && self.rng.percent(self.plan.no_memory)
     }
 
     fn refusal(&mut self, site: Site) -> Option<Refusal> {
@@ -371,7 +371,7 @@ impl MergeHost for Kernel {
                 Some(Entry::Own(_) | Entry::File) => return outcome(self, i, BreakStop::NotShared),
                 Some(Entry::Shared(..) | Entry::Zero(_)) => {}
             }
-            if self.no_memory() {
+            if self.no_memory() || self.plant == Some(Plant::NeverMemory) {
                 return outcome(self, i, BreakStop::NoMemory);
             }
             if self.rough && self.rng.below(1000) < self.plan.errors_per_mille {

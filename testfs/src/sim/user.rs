@@ -398,6 +398,8 @@ impl Kernel {
             let shared = |e: Option<&Entry>| matches!(e, Some(Entry::Shared(..) | Entry::Zero(_)));
             let entries = &mapping.entries;
             mapping.protections.retain(|page, _| shared(entries.get(page)));
+            // The next engine knows as little of them as of what came by fork.
+            mapping.protections.values_mut().for_each(|p| p.forked = true);
         }
         let pages: Vec<SharedPage> = self.shared.keys().copied().collect();
         for page in pages {
