@@ -145,7 +145,7 @@ impl LoopRig {
     /// # Errors
     /// `EBUSY` while something is open on it.
     pub fn remount(&mut self) -> Result<(), RigError> {
-        base::unmount(&self.mount_point)?;
+        unmount(&self.mount_point)?;
         self.direct_io = mount_image(self.fs, &self.image(), &self.mount_point)?;
         Ok(())
     }
