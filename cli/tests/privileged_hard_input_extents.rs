@@ -269,7 +269,7 @@ fn twins(fs: RigFs, check: impl Fn(&Path, &Path)) {
 
 #[test]
 fn privileged_one_address_on_two_devices_with_one_uuid_is_not_equal() {
-    for fs in [RigFs::Xfs, RigFs::Ext4] {
+    for fs in [RigFs::Xfs, RigFs::Ext4, RigFs::Btrfs] {
         twins(fs, |one, two| {
             let found = scan(&[one, two], &["--matrix"]);
             found.expect(&[("files", 4), ("mergeable_page_bytes", 0), ("undecided_bytes", 0)]);
@@ -281,6 +281,34 @@ fn privileged_one_address_on_two_devices_with_one_uuid_is_not_equal() {
             content.expect(&[("mergeable_file_bytes", 20 * PAGE), ("mergeable_page_bytes", 20 * PAGE)]);
         });
     }
+}
+
+/// As container runtimes mount `/etc/hosts`: a file of another file system among files of this one.
+#[test]
+fn privileged_a_file_mounted_from_a_twin_is_not_equal() {
+    twins(RigFs::Xfs, |one, two| {
+        write(&one.join("x"), 4, PAGE as usize);
+        sync(one);
+        let of_two = two.join("b");
+        let mounted = Mounted::file(&of_two, &one.join("x"));
+        // `b` has the address of its namesake on the twin, and other bytes.
+        let found = scan(&[one], &[]);
+        found.expect_clean();
+        found.expect(&[("files", 2), ("mergeable_page_bytes", 0), ("undecided_bytes", 0)]);
+        let named = found.skipped();
+        assert_eq!(named.len(), 1, "{named:?}");
+        assert!(named[0].0.ends_with("/x") && named[0].1.contains("another file system"), "{named:?}");
+        for extra in [&["--no-one-file-system"][..], &["--no-one-file-system", "--content"]] {
+            let found = scan(&[one], extra);
+            found.expect(&[("files", 3), ("cache_bytes", 60 * PAGE), ("mergeable_page_bytes", 0)]);
+        }
+        // A file of the same file system, mounted over another, is one more name of it.
+        drop(mounted);
+        let mounted = Mounted::file(&one.join("a"), &one.join("x"));
+        let found = scan(&[one], &[]);
+        found.expect_clean();
+        found.expect(&[("files", 2), ("hard_links", 1), ("cache_bytes", 40 * PAGE)]);
+    });
 }
 
 #[test]

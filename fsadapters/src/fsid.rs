@@ -82,6 +82,12 @@ fn describe_overlay(dir: BorrowedFd<'_>, dev: u64, kind: String) -> FsFacts {
     }
 }
 
+/// Whether an open file is on overlayfs; `None` when it can't be asked.
+#[must_use]
+pub fn is_overlay(file: BorrowedFd<'_>) -> Option<bool> {
+    rustix::fs::fstatfs(file).ok().map(|fs| fs.f_type as u32 == OVERLAY)
+}
+
 /// Which device the data of an open file is on. Unknown is told as `None`: then its addresses are no identity.
 #[must_use]
 pub fn device_class(file: BorrowedFd<'_>, has_realtime: bool) -> Option<DeviceClass> {

@@ -165,15 +165,19 @@ impl FileSource for Os {
             e => FsError::new(FsOp::Open, e),
         })?;
         match &dir.facts.overlay {
-            None => self.look(fd.as_fd(), &dir.facts, found),
+            None => self.look(fd.as_fd(), &dir.facts, Some(dir.dev), found),
             Some(overlay) => {
                 let real = overlay.real_file(fd.as_fd()).map_err(|e| FsError::new(FsOp::Stat, e))?;
                 match real {
                     RealFile::Open(real) => {
                         let below = overlay.layers().unwrap_or(&dir.facts);
-                        self.look(real.as_fd(), below, found)
+                        self.look(real.as_fd(), below, None, found)
                     }
-                    RealFile::Named(inode) => self.look_through(fd.as_fd(), inode, found),
+                    RealFile::Named(inode) => {
+                        self.look_through(fd.as_fd(), inode, found)?;
+                        found.foreign = fsid::is_overlay(fd.as_fd()) == Some(false);
+                        Ok(())
+                    }
                 }
             }
         }
@@ -192,9 +196,17 @@ impl FileSource for Os {
 
 impl Os {
     /// Attributes, cache, map, cache, attributes of a file on a plain file system.
-    fn look(&self, fd: BorrowedFd<'_>, facts: &FsFacts, found: &mut Inspection) -> Result<(), FsError> {
+    /// `dir_dev` is the `st_dev` of its directory; without it the file is known to be on the file system of `facts`.
+    fn look(
+        &self,
+        fd: BorrowedFd<'_>,
+        facts: &FsFacts,
+        dir_dev: Option<u64>,
+        found: &mut Inspection,
+    ) -> Result<(), FsError> {
         let before = attributes(fd, found)?;
-        found.class = fsid::device_class(fd, facts.has_realtime);
+        found.foreign = dir_dev.is_some_and(|dev| dev != before.st_dev && !is_on(fd, facts));
+        found.class = if found.foreign { None } else { fsid::device_class(fd, facts.has_realtime) };
         let size = found.size;
         if size == 0 {
             found.dirty_pages = Some(0);
@@ -272,7 +284,14 @@ fn attributes(fd: BorrowedFd<'_>, found: &mut Inspection) -> Result<Stat, FsErro
     found.ctime = (stat.st_ctime, stat.st_ctime_nsec as u32);
     found.residency = Residency::None;
     found.moved = false;
+    found.foreign = false;
     Ok(stat)
+}
+
+/// Whether a file whose `st_dev` is not its directory's is on that file system all the same (a btrfs subvolume).
+fn is_on(fd: BorrowedFd<'_>, facts: &FsFacts) -> bool {
+    let of = |facts: &FsFacts| (facts.description.uuid, facts.description.instance);
+    fsid::describe(fd).is_ok_and(|found| of(&found) == of(facts))
 }
 
 /// What must not change between two looks.

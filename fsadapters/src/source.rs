@@ -118,6 +118,9 @@ pub struct Inspection {
     pub residency: Residency,
     /// Size, ctime or cache state differed between the first and the last look: the facts may not belong together.
     pub moved: bool,
+    /// It is on another file system than its directory, for a file was mounted over it (as container runtimes do with
+    /// `/etc/hosts`): addresses of that one would be taken for addresses of this one, so there is no `class`.
+    pub foreign: bool,
 }
 
 impl Default for InodeId {

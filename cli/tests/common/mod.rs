@@ -182,6 +182,12 @@ impl Mounted {
         run("mount", &all);
         Mounted(at.to_owned())
     }
+
+    /// Mounts one file over another.
+    pub fn file(what: &Path, at: &Path) -> Mounted {
+        run("mount", &["--bind".as_ref(), what.as_os_str(), at.as_os_str()]);
+        Mounted(at.to_owned())
+    }
 }
 
 impl Drop for Mounted {

@@ -314,6 +314,12 @@ impl<'a, S: FileSource> Worker<'a, S> {
             result = shared.source.inspect(&node.dir, name, &node.fs.description, &mut found);
         }
         match result {
+            Ok(()) if found.foreign && shared.plan.one_file_system => {
+                let path = self.dir_path(node).join(name);
+                self.notes
+                    .skipped
+                    .add(path, "a file mounted from another file system: see --one-file-system");
+            }
             Ok(()) => self.record(node, name, &mut found),
             Err(error) => self.file_failed(node, name, &error),
         }
