@@ -37,7 +37,7 @@ pub fn on_interrupt<'scope>(
     scope.spawn(move || {
         while !over.load(Ordering::Relaxed) {
             if INTERRUPTED.load(Ordering::Relaxed) {
-                eprintln!("pagefold: interrupted, reporting what was reached (again to end at once)");
+                eprintln!("pagefold: interrupted, ending cleanly (again to end at once)");
                 stop();
                 return;
             }
