@@ -272,7 +272,8 @@ fn judge<S: FileSource>(found: &Inspection, fs: &FsDescription, source: &S) -> L
         None => CacheState::Unknown,
     };
     let space = found.class.filter(|_| fs.physical_identity).map(|class| AddressSpace { fs: FsId(0), class });
-    Layout::from_extents(MapFacts { size: found.size, extents: &found.extents, space, cache, page })
+    let facts = MapFacts { size: found.size, extents: &found.extents, space, cache, page };
+    Layout::from_extents(facts).with_holes(&found.holes, page)
 }
 
 /// What cases do often, so that they read as what they check.

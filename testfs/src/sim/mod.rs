@@ -22,6 +22,7 @@
 //! * Compression decides by the number of distinct byte values; compressed extents take half of their length.
 //! * No readahead: only pages that are read become resident. No reclaim but what a test asks for.
 //! * Directories list their entries in the order of the bytes of the names.
+//! * `SEEK_HOLE` counts every unwritten extent as data; Linux calls those without cached pages holes.
 //! * XFS speculative preallocation past EOF is not modelled; maps end at EOF.
 //! * Space is reserved when holes are written; copy-on-write of shared blocks reserves nothing and never fails.
 //! * `O_NOATIME` is taken as always allowed: nothing here ever updates atime.

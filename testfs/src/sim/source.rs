@@ -87,6 +87,27 @@ impl World {
         })
     }
 
+    /// What SEEK_HOLE calls holes. Unlike the map it knows every reservation; unwritten extents it counts as data here.
+    fn holes(&self, id: NodeId, holes: &mut Vec<std::ops::Range<u64>>) -> io::Result<()> {
+        let (fs, file) = self.file(id)?;
+        let unit = if fs.habits.fiemap { fs.habits.block_bytes } else { self.page.bytes() };
+        let inline = file.inline.is_some().then_some(0);
+        let cached: Vec<u64> =
+            if fs.habits.fiemap { Vec::new() } else { file.cache.keys().copied().collect() };
+        let mut at = 0;
+        for used in inline.into_iter().chain(file.blocks.keys().copied()).chain(cached) {
+            let (start, end) = ((used * unit).min(file.size), ((used + 1) * unit).min(file.size));
+            if start > at {
+                holes.push(at..start);
+            }
+            at = at.max(end);
+        }
+        if at < file.size {
+            holes.push(at..file.size);
+        }
+        Ok(())
+    }
+
     fn inspect_node(&mut self, id: NodeId, found: &mut Inspection) -> Result<(), FsError> {
         let stat = fail(FsOp::Stat);
         let cache = fail(FsOp::CacheState);
@@ -103,6 +124,10 @@ impl World {
             self.extent_map(id, &mut found.extents).map_err(fail(FsOp::ExtentMap))?;
         }
         self.moment(id, Moment::AfterMap);
+        found.holes.clear();
+        if dirty_before != Some(0) || found.extents.is_empty() {
+            self.holes(id, &mut found.holes).map_err(fail(FsOp::ExtentMap))?;
+        }
         found.residency = self.residency(id).map_err(&cache)?;
         let dirty_after = self.dirty_pages(id).map_err(&cache)?;
         self.moment(id, Moment::AfterSecondCache);
