@@ -159,3 +159,22 @@ fn privileged_files_that_grow_and_shrink_while_scanned_have_one_of_their_sizes()
         }
     });
 }
+
+#[test]
+fn privileged_a_large_file_that_never_rests_is_named_once() {
+    let rig = rig(RigFs::Xfs);
+    quiet(rig.path());
+    let (a, b) = (rig.path().join("a"), rig.path().join("b"));
+    write(&b.join("large"), 1, 48 << 20);
+    sync(rig.path());
+    let disturb = |round: u64| {
+        overwrite_page(&b.join("large"), round * 997 % 12_000, round);
+        std::thread::sleep(std::time::Duration::from_micros(200));
+    };
+    beside(&disturb, 4, |_| {
+        let found = scan(&[&a, &b], &["--content"]);
+        assert_eq!(found.total("mergeable_page_bytes"), QUIET);
+        assert!(found.errors().len() <= 2, "{:?}", found.errors());
+        assert!(found.errors().iter().all(|(path, _)| path.ends_with("/large")), "{:?}", found.errors());
+    });
+}

@@ -15,6 +15,9 @@ use crate::source::Residency;
 /// Pages that are looked at one by one rather than halved once more: one 64 KiB `mincore` vector.
 const MINCORE_PAGES: u64 = 1 << 16;
 
+/// Bytes of a file that are asked for page by page without knowing that anything is cached: about a second.
+const MINCORE_BYTES_MAX: u64 = 1 << 40;
+
 /// Residency of bytes `0 .. size` of `fd`, of which `cachestat` just counted `cached` pages.
 ///
 /// # Errors
@@ -56,9 +59,14 @@ fn can_be_mapped(end: u64, page: PageSize) -> bool {
 
 /// Residency by `mincore` alone, where `cachestat` can't tell (overlayfs, kernels before 6.5). Costs time by `size`.
 ///
+/// Of a file beyond [`MINCORE_BYTES_MAX`] nothing is claimed: a sparse file of 8 EiB would take months.
+///
 /// # Errors
 /// As `mincore`.
 pub fn by_mincore(fd: BorrowedFd<'_>, size: u64, page: PageSize) -> io::Result<Residency> {
+    if size > MINCORE_BYTES_MAX {
+        return Ok(Residency::Unknown);
+    }
     let mut runs = Runs::default();
     mincore_range(fd, 0, size, |first, count| runs.add(first, count))?;
     Ok(runs.into_residency(page.pages_covering(size).0))

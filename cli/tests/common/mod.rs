@@ -59,6 +59,9 @@ impl Scan {
             assert!(get("mergeable_page_bytes") + get("undecided_bytes") <= get("cache_bytes"), "{sizes}");
             assert!(get("resident_duplicate_bytes") <= get("resident_bytes"), "{sizes}");
         }
+        for notes in [self.errors(), self.skipped()] {
+            assert!(notes.windows(2).all(|n| n[0] != n[1]), "said twice: {notes:?}");
+        }
         let complete = self.errors().is_empty() && self.json["partial"] == false;
         assert_eq!(complete, self.code == 0, "exit code {} and errors {:?}", self.code, self.errors());
     }

@@ -69,6 +69,9 @@ pub(crate) fn read_content<S: FileSource>(
             .collect();
     }
     if !progress.is_cancelled() {
+        // A large file is read in many pieces: it is named once.
+        unread.sort_by_key(|piece| piece.mapping);
+        unread.dedup_by_key(|piece| piece.mapping);
         for piece in unread {
             notes.errors.add(collected.path(piece.mapping), piece.why);
         }

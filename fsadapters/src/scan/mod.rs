@@ -104,8 +104,8 @@ fn note_unknown_cache(roots: &[RootSpec], savings: &Savings, notes: &mut Notes) 
         let files = figures.own.resident_unknown_files;
         if files > 0 {
             let text = format!(
-                "what is cached of {files} files is not known to this user (neither owner nor privileged): they are \
-                 not in the resident figures"
+                "what is cached of {files} files is not known (not this user's to ask, or too large to ask page by \
+                 page): they are not in the resident figures"
             );
             notes.errors.add(root.path.clone(), text);
         }
