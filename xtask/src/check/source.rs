@@ -26,6 +26,12 @@ const NOT_IN_ENGINE: [&str; 10] = [
     "RandomState",
 ];
 
+/// What would make a simulated run more than its seed.
+const NOT_IN_SIMULATION: [&str; 4] = ["std::time", "thread::spawn", "std::env", "RandomState"];
+
+/// The ground truth may not ask what it judges.
+const NOT_IN_TRUTH: [&str; 3] = ["pagefold_engine", "fiemap", "scan::"];
+
 /// Unfinished or left over.
 const NOWHERE: [&str; 4] =
     [concat!("todo", "!("), concat!("unimplemented", "!("), concat!("dbg", "!("), "#[ignore"];
@@ -165,6 +171,8 @@ mod tests {
             ("engine/src/lib.rs", "//! a\n", "forbid(unsafe_code)"),
             ("cli/src/a.rs", "//! a\nfn a() { unsafe { b() } }\n", "unsafe outside sys"),
             ("engine/src/a.rs", "//! a\nuse std::time::Instant;\n", "in the engine"),
+            ("testfs/src/sim/a.rs", "//! a\nuse std::time::Instant;\n", "a run is its seed"),
+            ("testfs/src/truth.rs", "//! a\nuse pagefold_engine::layout;\n", "ground truth"),
             ("cli/src/scan_args.rs", "//! a\nuse pagefold_testfs::rig;\n", "testfs outside"),
             ("sys/src/a.rs", concat!("//! a\nfn a() { todo", "!() }\n"), "left in the tree"),
             ("sys/tests/a.rs", "//! a\n#[ignore]\n", "left in the tree"),
