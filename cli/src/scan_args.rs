@@ -102,7 +102,12 @@ fn resolve_roots(roots: &[PathBuf], domains: &[OsString]) -> anyhow::Result<Vec<
             Some(root) if root.as_os_str().is_empty() => {
                 bail!("--domain {}: no root after the '='", given.display());
             }
-            Some(root) => of_root.push((name.to_owned(), root)),
+            Some(root) => {
+                if let Some((other, _)) = of_root.iter().find(|(n, r)| n != name && same_path(r, &root)) {
+                    bail!("--domain: {} can't be in both {other} and {name}", root.display());
+                }
+                of_root.push((name.to_owned(), root));
+            }
         }
     }
     let mut specs: Vec<RootSpec> =
@@ -145,6 +150,10 @@ fn resolve_excludes(globs: &[String]) -> anyhow::Result<Option<GlobSet>> {
     let mut set = GlobSetBuilder::new();
     for glob in globs {
         let trimmed = glob.trim_end_matches('/');
+        if trimmed.is_empty() {
+            // An unset variable in a script would leave out everything.
+            bail!("--exclude '{glob}': an empty pattern");
+        }
         let pattern = match trimmed.strip_prefix('/') {
             Some(below_root) => below_root.to_owned(),
             None if trimmed.contains('/') => trimmed.to_owned(),

@@ -53,10 +53,14 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
     expect_usage(&["scan", "--format", "xml", "/"], "xml");
     expect_usage(&["scan", "--top=-1", "/"], "top");
     expect_usage(&["scan", "--exclude", "a[", "/"], "a[");
+    for nothing in ["", "/"] {
+        expect_usage(&["scan", "--exclude", nothing, "/"], "empty pattern");
+    }
     expect_usage(&["scan", "--domain", "=", "/"], "domain");
     expect_usage(&["scan", "--domain", "=/tmp", "/"], "domain");
     expect_usage(&["scan", "--domain", "a=", "/"], "a=");
     expect_usage(&["scan", "--domain", "a"], "root");
+    expect_usage(&["scan", "--domain", "a=/x", "--domain", "b=/x/"], "both a and b");
     expect_usage(&["scan", ""], "ROOT");
 }
 
