@@ -304,7 +304,7 @@ fn privileged_a_file_mounted_from_a_twin_is_not_equal() {
         }
         // A file of the same file system, mounted over another, is one more name of it.
         drop(mounted);
-        let mounted = Mounted::file(&one.join("a"), &one.join("x"));
+        let _mounted = Mounted::file(&one.join("a"), &one.join("x"));
         let found = scan(&[one], &[]);
         found.expect_clean();
         found.expect(&[("files", 2), ("hard_links", 1), ("cache_bytes", 40 * PAGE)]);

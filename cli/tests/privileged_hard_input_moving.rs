@@ -75,13 +75,18 @@ fn privileged_files_written_while_scanned_are_never_equal_to_what_they_were() {
         sync(rig.path());
         for i in 0..20 {
             reflink(&a.join(i.to_string()), &b.join(i.to_string()));
-            // From here on these differ in every page, for ever.
-            write(&b.join(i.to_string()), 5000 + i, 8 * PAGE as usize);
+        }
+        sync(rig.path());
+        for i in 0..20 {
+            // From here on these differ in every page, for ever. In place, so that the map at first tells of the old blocks.
+            for page in 0..8 {
+                overwrite_page(&b.join(i.to_string()), page, 5000 + i * 8 + page);
+            }
         }
         let disturb = |round: u64| {
             for i in 0..20 {
                 overwrite_page(&b.join(i.to_string()), round % 8, 1_000_000 + round * 20 + i);
-                if (round + i) % 5 == 0 {
+                if (round + i).is_multiple_of(5) {
                     fs::File::open(b.join(i.to_string())).and_then(|f| f.sync_all()).expect("synced");
                 }
             }
