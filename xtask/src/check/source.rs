@@ -84,11 +84,20 @@ fn words(path: &Path, code: &str) -> Vec<String> {
     if !path.starts_with("sys") && has_word(code, "unsafe") {
         found.push("unsafe outside sys".to_owned());
     }
-    if path.starts_with("engine/src") {
-        let used = NOT_IN_ENGINE.iter().filter(|w| code.contains(**w));
-        found
-            .extend(used.map(|w| format!("{w} in the engine, which does no I/O and has no clock or thread")));
-    }
+    let mut absent = |here: bool, list: &[&str], why: &str| {
+        let used = list.iter().filter(|w| here && code.contains(**w));
+        found.extend(used.map(|w| format!("{w} {why}")));
+    };
+    let simulation =
+        ["sim", "model", "check", "run"].iter().any(|d| path.starts_with(Path::new("testfs/src").join(d)));
+    let truth = path.starts_with("testfs/src/truth") || path == Path::new("testfs/src/truth.rs");
+    absent(
+        path.starts_with("engine/src"),
+        &NOT_IN_ENGINE,
+        "in the engine, which does no I/O and has no clock",
+    );
+    absent(simulation, &NOT_IN_SIMULATION, "in the simulation, where a run is its seed");
+    absent(truth, &NOT_IN_TRUTH, "in the ground truth, which is independent of what it judges");
     found.extend(NOWHERE.iter().filter(|w| code.contains(**w)).map(|w| format!("{w} left in the tree")));
     let fixture_command =
         path == Path::new("cli/src/cmd_farm.rs") || path == Path::new("cli/src/cmd_demo.rs");
