@@ -1,5 +1,6 @@
 //! `pagefold scan`: arguments as typed, and the configuration they resolve to.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -7,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::{ArgAction, Args};
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
-use pagefold_fsadapters::scan::{RootSpec, ScanConfig};
+use pagefold_fsadapters::scan::{DOMAINS_MAX, RootSpec, ScanConfig};
 use pagefold_fsadapters::source::ReadOptions;
 
 use crate::args::Format;
@@ -121,6 +122,10 @@ fn resolve_roots(roots: &[PathBuf], domains: &[OsString]) -> anyhow::Result<Vec<
         if !found {
             specs.push(RootSpec { path: root, domain: name });
         }
+    }
+    let names: BTreeSet<&str> = specs.iter().map(|s| s.domain.as_str()).collect();
+    if names.len() > DOMAINS_MAX {
+        bail!("{} domains: at most {DOMAINS_MAX} in one scan", names.len());
     }
     if specs.is_empty() {
         bail!("no root to scan: name at least one directory");

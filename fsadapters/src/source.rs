@@ -14,7 +14,7 @@ use pagefold_engine::layout::RawExtent;
 use pagefold_engine::units::{PageCount, PageIndex, PageSize};
 
 /// An inode on this running host. `dev` tells inodes apart; it is no identity of the file system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct InodeId {
     /// `st_dev`, or a stand-in where that lies (overlayfs: derived from the real inode).
     pub dev: u64,
@@ -121,12 +121,6 @@ pub struct Inspection {
     /// It is on another file system than its directory, for a file was mounted over it (as container runtimes do with
     /// `/etc/hosts`): addresses of that one would be taken for addresses of this one, so there is no `class`.
     pub foreign: bool,
-}
-
-impl Default for InodeId {
-    fn default() -> Self {
-        InodeId { dev: 0, ino: 0 }
-    }
 }
 
 /// Pages of one file to read and hash.

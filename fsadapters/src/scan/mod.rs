@@ -31,6 +31,9 @@ use crate::source::{FileSource, ReadOptions};
 use notes::Notes;
 use unique::Collected;
 
+/// The most domains of one scan: they are numbered in 16 bits.
+pub const DOMAINS_MAX: usize = u16::MAX as usize;
+
 /// A root to scan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RootSpec {
@@ -65,6 +68,9 @@ pub struct ScanConfig {
 
 /// Scans. What can't be looked at is named in the report; when `progress` is cancelled the report covers what was
 /// reached and says so.
+///
+/// # Panics
+/// With more than [`DOMAINS_MAX`] domains.
 pub fn scan<S: FileSource>(source: &S, config: &ScanConfig, progress: &Progress) -> ScanReport {
     let started = Instant::now();
     progress.set_phase(Phase::Walk);

@@ -39,12 +39,6 @@ impl NoteList {
         self.more += other.more;
     }
 
-    /// Whether anything was noted.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.notes.is_empty()
-    }
-
     /// The notes by path; if there were too many, a last one without a path says so.
     #[must_use]
     pub fn into_sorted(mut self) -> Vec<Note> {

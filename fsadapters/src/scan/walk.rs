@@ -229,10 +229,10 @@ impl<'a, S: FileSource> Worker<'a, S> {
         };
         let root_fs = parent.map_or(fs.id, |p| p.root_fs);
         let node = Node { dir: opened.dir, id, fs, dev: opened.dev, root, root_fs };
-        self.list(Arc::new(node));
+        self.list(&Arc::new(node));
     }
 
-    fn list(&mut self, node: Arc<Node<S::Dir>>) {
+    fn list(&mut self, node: &Arc<Node<S::Dir>>) {
         let shared = self.shared;
         let (mut dirs, mut files, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
         let mut specials = Vec::new();
@@ -244,7 +244,7 @@ impl<'a, S: FileSource> Worker<'a, S> {
             EntryKind::Unknown => unknown.push(name.to_owned()),
         });
         if let Err(error) = listed {
-            let path = self.dir_path(&node);
+            let path = self.dir_path(node);
             self.notes.errors.add(path, error.to_string());
         }
         for name in unknown {
@@ -253,23 +253,23 @@ impl<'a, S: FileSource> Worker<'a, S> {
                 Ok(EntryKind::Dir) => dirs.push(name),
                 Ok(EntryKind::Special(kind)) => specials.push((name, kind)),
                 Ok(EntryKind::Symlink | EntryKind::Unknown) => {}
-                Err(error) => self.file_failed(&node, &name, &error),
+                Err(error) => self.file_failed(node, &name, &error),
             }
         }
         if shared.plan.exclude.is_some() {
-            self.apply_excludes(&node, &mut dirs, &mut files, &mut specials);
+            self.apply_excludes(node, &mut dirs, &mut files, &mut specials);
         }
         for (name, kind) in specials {
-            let path = self.dir_path(&node).join(name);
+            let path = self.dir_path(node).join(name);
             self.notes.skipped.add(path, special_words(kind));
         }
         Progress::add(&shared.progress.dirs_found, dirs.len() as u64);
-        self.more.extend(dirs.into_iter().map(|name| Task::Dir(Arc::clone(&node), name)));
+        self.more.extend(dirs.into_iter().map(|name| Task::Dir(Arc::clone(node), name)));
         while files.len() > FILES_PER_TASK {
             let rest = files.split_off(files.len() - FILES_PER_TASK);
-            self.more.push(Task::Files(Arc::clone(&node), rest));
+            self.more.push(Task::Files(Arc::clone(node), rest));
         }
-        self.look_at(&node, &files);
+        self.look_at(node, &files);
     }
 
     fn apply_excludes(
@@ -374,7 +374,12 @@ impl<'a, S: FileSource> Worker<'a, S> {
         let why = description.why_not.as_deref().unwrap_or("its extent maps say nothing about identity");
         let text =
             format!("{}: {why}; files here are undecided: use --content to read them", description.kind);
-        let path = self.dir_path(node);
+        // Named by its root, not by the directory that happened to come first.
+        let path = if node.fs.id == node.root_fs {
+            self.shared.plan.roots[node.root.0 as usize].clone()
+        } else {
+            self.dir_path(node)
+        };
         self.notes.errors.add(path, text);
     }
 
