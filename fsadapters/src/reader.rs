@@ -2,7 +2,7 @@
 //!
 //! Pages that are not cached are read with `O_DIRECT`; cached ones through the cache, where nothing new comes in. Where
 //! `O_DIRECT` is refused, or the kernel falls back behind our back (btrfs: compressed and inline extents), what a read brought in
-//! is dropped again: by the kernel itself with `RWF_DONTCACHE` (6.14), and by [`guard`] for the rest.
+//! is dropped again: by the kernel itself with `RWF_DONTCACHE` (6.14), and by `guard` for the rest.
 //!
 //! Each thread owns a ring: opens run ahead of reads, reads stay in flight while pages are hashed. Where io_uring is
 //! forbidden, plain `pread` on more threads takes its place.

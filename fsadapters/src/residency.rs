@@ -59,7 +59,7 @@ fn can_be_mapped(end: u64, page: PageSize) -> bool {
 
 /// Residency by `mincore` alone, where `cachestat` can't tell (overlayfs, kernels before 6.5). Costs time by `size`.
 ///
-/// Of a file beyond [`MINCORE_BYTES_MAX`] nothing is claimed: a sparse file of 8 EiB would take months.
+/// Of a file beyond `MINCORE_BYTES_MAX` nothing is claimed: a sparse file of 8 EiB would take months.
 ///
 /// # Errors
 /// As `mincore`.
