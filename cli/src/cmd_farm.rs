@@ -41,7 +41,8 @@ enum Fs {
 /// Arguments of `pagefold farm create`.
 #[derive(Debug, Args)]
 #[command(
-    long_about = "Make a container farm in DIR: image/, roots/root-0000/ and so on, and farm.json, which records what \
+    // Not `long_about`: the doc comment of the subcommand would silently replace it.
+    after_long_help = "Make a container farm in DIR: image/, roots/root-0000/ and so on, and farm.json, which records what \
         every root shares with the image and what changed.\n\n\
         Where DIR is not on a file system of the wanted kind, one is made in DIR.pagefold-img (sparse) and mounted at \
         DIR; that needs root. Interrupted or failed, nothing is left.\n\n\
