@@ -167,6 +167,10 @@ impl FakeHost {
         self.maps[&at.mapping].pages[&at.offset.0].shows != Shows::Own
     }
 
+    pub fn is_protected(&self, at: Site) -> bool {
+        self.maps[&at.mapping].pages[&at.offset.0].protected
+    }
+
     /// Neither protected nor merged: a writer may dirty it without anyone hearing.
     pub fn is_plain(&self, at: Site) -> bool {
         let page = &self.maps[&at.mapping].pages[&at.offset.0];
@@ -177,6 +181,16 @@ impl FakeHost {
     pub fn write(&mut self, at: Site, content: u64) {
         if let Some(page) = self.page(at) {
             *page = Page { content, place: None, protected: false, stamp: 0, shows: Shows::Own, ..*page };
+            self.truth.insert(at, content);
+            self.collect();
+        }
+    }
+
+    /// A store that the kernel copies for under a protection that outlives the copy (a lease: private mappings do not
+    /// break it).
+    pub fn copy_under_lease(&mut self, at: Site, content: u64) {
+        if let Some(page) = self.page(at) {
+            *page = Page { content, place: None, stamp: 0, shows: Shows::Own, ..*page };
             self.truth.insert(at, content);
             self.collect();
         }
