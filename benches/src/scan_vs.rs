@@ -38,6 +38,9 @@ struct Args {
     /// Percent of a root's files that differ from the image.
     #[arg(long, default_value_t = 2.0)]
     drift: f64,
+    /// Which trees for `content`.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [TreeKind::Realistic, TreeKind::Large, TreeKind::Roots])]
+    tree: Vec<TreeKind>,
     /// Bytes of the tree of few large files, in MiB.
     #[arg(long, default_value_t = 1536)]
     large_mib: u64,
@@ -67,6 +70,16 @@ enum Part {
     Linear,
     /// `--content`, cold, against fio, BLAKE3 and other programs; growth of the page cache.
     Content,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TreeKind {
+    /// Many files of log-normal sizes.
+    Realistic,
+    /// Few large files.
+    Large,
+    /// Reflinked roots.
+    Roots,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

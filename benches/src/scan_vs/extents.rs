@@ -66,6 +66,7 @@ fn linear(bench: &Bench<'_>, fs: Fs, roots: &[PathBuf]) -> anyhow::Result<Vec<Li
             files: 0,
             wall_s: Series::default(),
             elapsed_s: Series::default(),
+            cpu_s: Series::default(),
         })
         .collect();
     say(format!("{}: linearity", fs.name()));
@@ -79,6 +80,7 @@ fn linear(bench: &Bench<'_>, fs: Fs, roots: &[PathBuf]) -> anyhow::Result<Vec<Li
                 row.files = scanned.files;
                 row.wall_s.push(scanned.cost.wall_s);
                 row.elapsed_s.push(scanned.elapsed_s);
+                row.cpu_s.push(scanned.cost.user_s + scanned.cost.system_s);
             }
         }
     }
