@@ -1,7 +1,7 @@
 //! Ctrl-C, SIGTERM and SIGHUP: the first asks the command to end cleanly, the second ends the process.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::Scope;
+use std::thread::{Scope, Thread};
 use std::time::Duration;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -9,11 +9,14 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// Ends the watching thread when dropped.
 pub struct Guard<'a> {
     over: &'a AtomicBool,
+    /// Woken at the end: a short command must not wait for the next look at the flag.
+    watcher: Thread,
 }
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
+        self.watcher.unpark();
     }
 }
 
@@ -34,15 +37,15 @@ pub fn on_interrupt<'scope>(
     }
     // Leaked once a process: the guard and the thread outlive neither each other nor the scope.
     let over: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
-    scope.spawn(move || {
+    let watcher = scope.spawn(move || {
         while !over.load(Ordering::Relaxed) {
             if INTERRUPTED.load(Ordering::Relaxed) {
                 eprintln!("pagefold: interrupted, ending cleanly (again to end at once)");
                 stop();
                 return;
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::park_timeout(Duration::from_millis(20));
         }
     });
-    Guard { over }
+    Guard { over, watcher: watcher.thread().clone() }
 }
