@@ -8,7 +8,7 @@
 use crate::counters::Decision;
 use crate::domain::make_span;
 use crate::engine::Engine;
-use crate::host::{BreakStop, HostError, MergeHost, NodeId, Observed, SharedSpan, Shown, Visit};
+use crate::host::{BreakStop, HostError, MergeHost, NodeId, Observed, SharedPage, SharedSpan, Shown, Visit};
 use crate::identity::Identity;
 use crate::policy::Run;
 use crate::protocol::{break_span, part};
@@ -143,6 +143,9 @@ impl Engine {
         for indexes in self.domains.values_mut() {
             indexes.stable.relocate(from, to, node, place.and_then(Place::of));
         }
+        // A page that nobody shows any more and whose release failed moves like any other.
+        let owed = std::mem::take(&mut self.debts.release);
+        self.debts.release = owed.into_iter().flat_map(|span| followed(span, from, to)).collect();
         for (owner, span, record) in moved {
             let SiteState::Shared { page, private } = record.state else { unreachable!("a holder shares") };
             let page = to.start.plus(PageCount(page.0 - from.start.0));
@@ -395,4 +398,21 @@ pub(crate) fn checked_chunk(range: Span, from: PageIndex, next: PageIndex, seen:
         at = o.span.end();
     }
     make_span(range.mapping, from.0, next.0 - from.0)
+}
+/// `span` after the pages `from` moved to `to`: what lies before, within and after, where there is any.
+fn followed(span: SharedSpan, from: SharedSpan, to: SharedSpan) -> impl Iterator<Item = SharedSpan> {
+    let first = from.start.max(span.start);
+    let last = from.end().min(span.end());
+    let between = |start: SharedPage, end: SharedPage| SharedSpan {
+        start,
+        pages: PageCount(end.0.saturating_sub(start.0)),
+    };
+    let pieces = if first >= last {
+        [span, between(span.end(), span.end()), between(span.end(), span.end())]
+    } else {
+        let new = to.start.plus(PageCount(first.0 - from.start.0));
+        let inside = SharedSpan { start: new, pages: PageCount(last.0 - first.0) };
+        [between(span.start, first), inside, between(last, span.end())]
+    };
+    pieces.into_iter().filter(|piece| piece.pages.0 > 0)
 }

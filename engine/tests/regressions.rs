@@ -10,7 +10,7 @@ use pagefold_engine::control::WriteVerdict;
 use pagefold_engine::counters::Decision;
 use pagefold_engine::domain::Registration;
 use pagefold_engine::engine::Engine;
-use pagefold_engine::host::HostOp;
+use pagefold_engine::host::{HostOp, NodeId, SharedPage, SharedSpan};
 use pagefold_engine::policy::{Knobs, Tick};
 use pagefold_engine::units::*;
 
@@ -166,4 +166,27 @@ fn a_notice_that_cannot_be_checked_keeps_every_record() {
     (0..2).for_each(|_| rig.step());
     assert_eq!(rig.decided(Decision::Dropped), 1, "the next pass saw it");
     assert!(rig.host.is_shared(site(2, 0)));
+}
+
+/// Pages that nobody shows any more and whose release failed were released later under their old number, though one of
+/// them had been relocated meanwhile.
+#[test]
+fn a_release_still_owed_follows_a_relocation() {
+    let mut rig = Rig::new();
+    rig.map(file(1, 0), &[41, 42, 43], Some(90));
+    rig.map(file(2, 0), &[41, 42, 43], Some(90));
+    rig.step();
+    let first = rig.host.any_shared().expect("three pages are merged");
+    for mapping in [1, 2] {
+        if mapping == 2 {
+            rig.host.before.push_back((HostOp::Release, Hook::Error(5)));
+        }
+        assert_eq!(rig.engine.written(&mut rig.host, span(mapping, 0, 3)), WriteVerdict::Go);
+    }
+    assert_eq!(rig.host.shared_count(), 3, "the release failed");
+    let to = rig.host.relocate(first + 1, None);
+    let one = |n| SharedSpan { start: SharedPage(n), pages: PageCount(1) };
+    rig.engine.relocated(one(first + 1), one(to), NodeId(0), None);
+    rig.step();
+    assert_eq!(rig.host.shared_count(), 0, "each page is released where it is now");
 }
