@@ -44,6 +44,7 @@ pub mod flavour;
 mod host;
 pub mod memory;
 mod node;
+mod raw;
 pub mod rng;
 pub mod source;
 #[cfg(test)]
@@ -59,6 +60,7 @@ use pagefold_engine::units::PageSize;
 pub use flavour::Flavour;
 pub use memory::Kernel;
 pub use node::{Attributes, CacheCounts, FsIx, NodeId};
+pub use raw::{RawBlock, RawFile};
 pub use rng::Rng;
 pub use world::{Place, World};
 
