@@ -182,6 +182,8 @@ fn a_release_still_owed_follows_a_relocation() {
             rig.host.before.push_back((HostOp::Release, Hook::Error(5)));
         }
         assert_eq!(rig.engine.written(&mut rig.host, span(mapping, 0, 3)), WriteVerdict::Go);
+        // Else they would merge again.
+        (0..3).for_each(|page| rig.host.write(site(mapping, page), 60 + u64::from(mapping) * 10 + page));
     }
     assert_eq!(rig.host.shared_count(), 3, "the release failed");
     let to = rig.host.relocate(first + 1, None);
