@@ -196,7 +196,7 @@ fn add(table: &mut Table, what: &str, figure: String, target: Option<(String, bo
         None => (String::new(), ""),
     };
     let spread = format!("{:.0} %", runs.spread_percent());
-    table.add_row([what, &figure, &target, met, &runs.len().to_string(), &spread]);
+    table.add_row([what.to_owned(), figure, target, met.to_owned(), runs.len().to_string(), spread]);
 }
 
 impl Extents {
