@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use pagefold_fsadapters::scan::{Progress, RootSpec, ScanConfig, ScanReport, scan};
+use pagefold_fsadapters::scan::{Progress, RootSpec, ScanConfig, ScanReport, Sizes, scan};
 use pagefold_fsadapters::source::ReadOptions;
 use pagefold_testfs::fault::{Fault, FaultPlan, Faulty};
 use pagefold_testfs::sim::bugs::Bugs;
@@ -183,7 +183,10 @@ fn faulty(seed: u64) -> Result<u64, String> {
     let tree = tree(&sim, &roots);
     let mut rng = Rng::new(seed ^ 0xfa);
     let enabled = Fault::ALL.into_iter().filter(|_| rng.percent(70)).collect();
-    let faults = FaultPlan { seed, per_mille: 5 + rng.below(200), enabled };
+    // Now and then so bad that data can't be read through any of the files that show it.
+    let most = if rng.percent(20) { 700 } else { 150 };
+    let per_mille = 5 + rng.below(most);
+    let faults = FaultPlan { seed, per_mille, enabled };
     let one = run(&sim, &roots, &Run { faults: faults.clone(), ..CALM });
     compare(&one.report, &one.reference(By::Extents, &|_| true)?)?;
     one.nothing_is_missing(&roots, &tree)?;
@@ -268,6 +271,49 @@ fn meddled_looks(seed: u64, bugs: Bugs) -> Result<u64, String> {
     Ok(outcome.looks.values().flatten().filter(|look| look.moved).count() as u64)
 }
 
+/// Somebody acts at any moment of a scan with several threads that reads too: it ends, and what it says hangs together.
+fn meddled_everything(seed: u64) -> Result<u64, String> {
+    let Grown { sim, roots } = grow(flavour_of(seed), seed);
+    let before = tree(&sim, &roots);
+    let paths: Vec<PathBuf> = before.iter().cloned().collect();
+    if paths.is_empty() {
+        return Ok(0);
+    }
+    let mut rng = Rng::new(seed ^ 0xa1);
+    let (often, per_mille) = (2 + rng.below(20), rng.below(100));
+    sim.set_interloper(Some(Box::new(move |world, here, moment| {
+        if rng.percent(often) {
+            meddle(world, &mut rng, here, moment, &paths);
+        }
+    })));
+    let faults = FaultPlan { seed, per_mille, enabled: Fault::ALL.to_vec() };
+    let outcome = run(&sim, &roots, &Run { content: true, threads: 3, faults, ..CALM });
+    sim.set_interloper(None);
+    let still_there = tree(&sim, &roots).intersection(&before).cloned().collect();
+    outcome.nothing_is_missing(&roots, &still_there)?;
+    hangs_together(&outcome.report)?;
+    Ok(outcome.report.errors.len() as u64)
+}
+
+/// What is true of the figures of any scan.
+fn hangs_together(report: &ScanReport) -> Checked {
+    let all = std::iter::once(&report.totals).chain(report.roots.iter().map(|r| &r.sizes));
+    for sizes in all {
+        let bounded = sizes.mergeable_file_bytes <= sizes.mergeable_page_bytes
+            && sizes.mergeable_page_bytes + sizes.undecided_bytes <= sizes.cache_bytes
+            && sizes.resident_duplicate_bytes <= sizes.resident_bytes
+            && sizes.resident_bytes <= sizes.cache_bytes + sizes.zero_bytes;
+        if !bounded {
+            return Err(format!("these figures contradict each other: {sizes:?}"));
+        }
+    }
+    let sum =
+        |of: fn(&Sizes) -> u64| report.roots.iter().map(|r| of(&r.sizes)).sum::<u64>() == of(&report.totals);
+    let sums: [fn(&Sizes) -> u64; 5] =
+        [|s| s.files, |s| s.hard_links, |s| s.cache_bytes, |s| s.undecided_bytes, |s| s.resident_bytes];
+    if sums.into_iter().all(sum) { Ok(()) } else { Err(format!("totals are no sums: {:?}", report.totals)) }
+}
+
 /// Somebody writes while data is read. The looks were at peace, so what is claimed is what bytes were equal then.
 fn meddled_reads(seed: u64) -> Result<u64, String> {
     let Grown { sim, roots } = grow(flavour_of(seed), seed);
@@ -332,6 +378,11 @@ fn fresh_cancelled_scans_are_partial_and_true() {
 #[test]
 fn fresh_meddling_with_looks_is_seen() {
     assert!(fresh("meddled looks", |seed| meddled_looks(seed, Bugs::default())) > FRESH_SEEDS / 2);
+}
+
+#[test]
+fn fresh_meddling_with_everything_ends_and_hangs_together() {
+    assert!(fresh("meddled everything", meddled_everything) > FRESH_SEEDS);
 }
 
 #[test]

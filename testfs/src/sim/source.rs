@@ -67,12 +67,13 @@ impl World {
         Ok(Some(counts.dirty + counts.writeback))
     }
 
-    fn residency(&self, id: NodeId) -> io::Result<Residency> {
+    /// Up to the size of the first look, whatever the file has become, as the adapters ask.
+    fn residency(&self, id: NodeId, size: u64) -> io::Result<Residency> {
         if !(self.privileged || self.node(id)?.owned) {
             return Ok(Residency::Unknown);
         }
         let (_, file) = self.file(id)?;
-        let end = self.page.pages_covering(file.size).0;
+        let end = self.page.pages_covering(size).0;
         let mut runs: Vec<(PageIndex, PageCount)> = Vec::new();
         for page in file.cache.range(..end).map(|(p, _)| *p) {
             match runs.last_mut() {
@@ -128,7 +129,7 @@ impl World {
         if dirty_before != Some(0) || found.extents.is_empty() {
             self.holes(id, &mut found.holes).map_err(fail(FsOp::ExtentMap))?;
         }
-        found.residency = self.residency(id).map_err(&cache)?;
+        found.residency = self.residency(id, before.size).map_err(&cache)?;
         let dirty_after = self.dirty_pages(id).map_err(&cache)?;
         self.moment(id, Moment::AfterSecondCache);
         let after = self.stat(id).map_err(&stat)?;
