@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use nix::sys::resource::{UsageWho, getrusage};
-use pagefold_sys::fiemap::{ExtentReader, Sync};
+use pagefold_sys::fiemap::{Sync, read_extents};
 use rustix::fs::{Mode, OFlags};
 
 use crate::measured::seconds;
@@ -70,13 +70,12 @@ pub fn open_map_close(listings: &[Listing], threads: usize, cancel: &AtomicBool)
     let (start, cpu) = (Instant::now(), own_cpu_s()?);
     let results: Vec<anyhow::Result<()>> = std::thread::scope(|scope| {
         let work = || -> anyhow::Result<()> {
-            let mut reader = ExtentReader::new();
             let mut told = 0;
             while let Some(listing) = listings.get(next.fetch_add(1, Ordering::Relaxed)) {
                 if cancel.load(Ordering::Relaxed) {
                     bail!("interrupted");
                 }
-                told += one_directory(listing, &mut reader)?;
+                told += one_directory(listing)?;
             }
             extents.fetch_add(told, Ordering::Relaxed);
             Ok(())
@@ -95,14 +94,14 @@ pub fn open_map_close(listings: &[Listing], threads: usize, cancel: &AtomicBool)
     Ok(run)
 }
 
-fn one_directory(listing: &Listing, reader: &mut ExtentReader) -> anyhow::Result<u64> {
+fn one_directory(listing: &Listing) -> anyhow::Result<u64> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let dir = rustix::fs::open(&listing.dir, flags | OFlags::DIRECTORY, Mode::empty())?;
     let mut told = 0;
     for name in &listing.names {
         let file = rustix::fs::openat(&dir, name, flags, Mode::empty())
             .with_context(|| format!("open {name:?} in {}", listing.dir.display()))?;
-        reader.read(file.as_fd(), u64::MAX, Sync::No, |_| told += 1)?;
+        read_extents(file.as_fd(), u64::MAX, Sync::No, |_| told += 1)?;
     }
     Ok(told)
 }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
-use pagefold_sys::fiemap::{ExtentReader, Sync};
+use pagefold_sys::fiemap::{Sync, read_extents};
 use pagefold_testfs::farm::content::{Class, Content, PAGE};
 
 /// What a tree is made of.
@@ -113,7 +113,6 @@ pub struct TreeFile {
 /// Something can't be listed, opened or mapped.
 pub fn in_physical_order(root: &Path) -> anyhow::Result<Vec<TreeFile>> {
     let (mut found, mut todo) = (Vec::new(), vec![root.to_owned()]);
-    let mut reader = ExtentReader::new();
     while let Some(dir) = todo.pop() {
         for entry in std::fs::read_dir(&dir).with_context(|| format!("list {}", dir.display()))? {
             let entry = entry?;
@@ -123,7 +122,7 @@ pub fn in_physical_order(root: &Path) -> anyhow::Result<Vec<TreeFile>> {
             } else if meta.is_file() && meta.size() > 0 {
                 let file = File::open(entry.path())?;
                 let mut physical = None;
-                reader.read(file.as_fd(), meta.size(), Sync::No, |e| {
+                read_extents(file.as_fd(), meta.size(), Sync::No, |e| {
                     physical.get_or_insert(e.physical);
                 })?;
                 let physical = physical.unwrap_or(u64::MAX);

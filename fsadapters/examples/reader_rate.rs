@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use pagefold_engine::units::{PageCount, PageIndex};
 use pagefold_fsadapters::reader::{Backend, read_jobs_by};
 use pagefold_fsadapters::source::{InodeId, READ_JOB_PAGES_MAX, ReadJob, ReadOptions, ReadOutcome};
-use pagefold_sys::fiemap::{ExtentReader, Sync};
+use pagefold_sys::fiemap::{Sync, read_extents};
 
 fn walk(dir: &Path, found: &mut Vec<(u64, PathBuf, std::fs::Metadata)>) {
     for entry in std::fs::read_dir(dir).expect("readable directory").flatten() {
@@ -22,8 +22,7 @@ fn walk(dir: &Path, found: &mut Vec<(u64, PathBuf, std::fs::Metadata)>) {
         } else if meta.is_file() && meta.len() > 0 {
             let file = std::fs::File::open(entry.path()).expect("readable file");
             let mut first = None;
-            let mut reader = ExtentReader::new();
-            let _ = reader.read(file.as_fd(), meta.len(), Sync::No, |e| {
+            let _ = read_extents(file.as_fd(), meta.len(), Sync::No, |e| {
                 first.get_or_insert(e.physical);
             });
             found.push((first.unwrap_or(0), entry.path(), meta));

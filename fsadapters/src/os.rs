@@ -5,7 +5,6 @@
 //! (`O_NONBLOCK`), and what turns out to be no regular file is let go at once. What it deliberately does not do:
 //! `FIEMAP_FLAG_SYNC` - a scan does not cause writes.
 
-use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,7 +15,7 @@ use std::sync::atomic::AtomicBool;
 use pagefold_engine::layout::{ExtentFlags, RawExtent};
 use pagefold_engine::units::PageSize;
 use pagefold_sys::cache::{self, CacheStat};
-use pagefold_sys::fiemap::{ExtentReader, FiemapError, Sync as MapSync};
+use pagefold_sys::fiemap::{FiemapError, Sync as MapSync, read_extents};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, Stat};
 use rustix::io::Errno;
 
@@ -68,11 +67,6 @@ const FILE_FLAGS: OFlags = OFlags::RDONLY
     .union(OFlags::NONBLOCK)
     .union(OFlags::NOCTTY)
     .union(OFlags::CLOEXEC);
-
-thread_local! {
-    /// The extent map buffer, reused for all files of a thread.
-    static EXTENTS: RefCell<ExtentReader> = RefCell::new(ExtentReader::new());
-}
 
 fn retry<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     loop {
@@ -300,11 +294,9 @@ fn stamp(stat: &Stat) -> (i64, i64, u64, i64, u64) {
 }
 
 fn read_map(fd: BorrowedFd<'_>, size: u64, extents: &mut Vec<RawExtent>) -> Result<(), FsError> {
-    let read = EXTENTS.with_borrow_mut(|reader| {
-        reader.read(fd, size, MapSync::No, |e| {
-            let flags = ExtentFlags::from_bits_retain(e.flags);
-            extents.push(RawExtent { logical: e.logical, physical: e.physical, length: e.length, flags });
-        })
+    let read = read_extents(fd, size, MapSync::No, |e| {
+        let flags = ExtentFlags::from_bits_retain(e.flags);
+        extents.push(RawExtent { logical: e.logical, physical: e.physical, length: e.length, flags });
     });
     read.map_err(|e: FiemapError| FsError::new(FsOp::ExtentMap, e))
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 use pagefold_engine::identity::{AddressSpace, DeviceClass, Identity};
 use pagefold_engine::layout::{CacheState, ExtentFlags, Layout, MapFacts, RawExtent};
 use pagefold_engine::units::{FsId, PageSize};
-use pagefold_sys::fiemap::{ExtentReader, Sync};
+use pagefold_sys::fiemap::{Sync, read_extents};
 use pagefold_testfs::farm::{self, FarmFs, FarmSpec, ImageSpec, Manifest, SyntheticSpec};
 use pagefold_testfs::rig::{LoopRig, RigFs};
 use pagefold_testfs::truth::{TrueFile, TruePage, TrueRun, Truth};
@@ -35,25 +35,23 @@ fn make(spec: &FarmSpec) -> Manifest {
 
 /// The truth as the kernel's extent maps tell it: objects are addresses.
 fn by_extents(truth: &Truth) -> Truth {
-    let mut reader = ExtentReader::new();
     let mut mapped = truth.clone();
     for root in &mut mapped.roots {
         for file in &mut root.files {
-            file.runs = mapped_runs(&mut reader, &root.path.join(&file.names[0]), file.size);
+            file.runs = mapped_runs(&root.path.join(&file.names[0]), file.size);
         }
     }
     mapped
 }
 
-fn mapped_runs(reader: &mut ExtentReader, path: &Path, size: u64) -> Vec<TrueRun> {
+fn mapped_runs(path: &Path, size: u64) -> Vec<TrueRun> {
     let file = std::fs::File::open(path).expect("readable");
     let mut extents = Vec::new();
-    reader
-        .read(file.as_fd(), size, Sync::No, |e| {
-            let flags = ExtentFlags::from_bits_retain(e.flags);
-            extents.push(RawExtent { logical: e.logical, physical: e.physical, length: e.length, flags });
-        })
-        .expect("extent map");
+    read_extents(file.as_fd(), size, Sync::No, |e| {
+        let flags = ExtentFlags::from_bits_retain(e.flags);
+        extents.push(RawExtent { logical: e.logical, physical: e.physical, length: e.length, flags });
+    })
+    .expect("extent map");
     let space = Some(AddressSpace { fs: FsId(0), class: DeviceClass::Data });
     let facts = MapFacts { size, extents: &extents, space, cache: CacheState::Clean, page: PageSize::KIB4 };
     let to_run = |run: &pagefold_engine::layout::Run| TrueRun {

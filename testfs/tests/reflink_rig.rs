@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use pagefold_fsadapters::reflink::{DedupeDest, Deduped, ReflinkError, clone_file, clone_range, dedupe};
-use pagefold_sys::fiemap::{ExtentReader, Sync};
+use pagefold_sys::fiemap::{Sync, read_extents};
 use pagefold_testfs::rig::{LoopRig, RigFs};
 
 const MIB: u64 = 1 << 20;
@@ -31,13 +31,12 @@ fn bytes(length: u64) -> Vec<u8> {
 fn blocks(file: &File) -> Vec<(u64, u64)> {
     let mut out = Vec::new();
     let size = file.metadata().unwrap().len();
-    ExtentReader::new()
-        .read(file.as_fd(), size, Sync::Yes, |e| {
-            for at in (0..e.length).step_by(4096).filter(|at| e.logical + at < size) {
-                out.push((e.logical + at, e.physical + at));
-            }
-        })
-        .unwrap();
+    read_extents(file.as_fd(), size, Sync::Yes, |e| {
+        for at in (0..e.length).step_by(4096).filter(|at| e.logical + at < size) {
+            out.push((e.logical + at, e.physical + at));
+        }
+    })
+    .unwrap();
     out
 }
 

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use pagefold_sys::cache;
-use pagefold_sys::fiemap::{ExtentReader, Sync};
+use pagefold_sys::fiemap::{Sync, read_extents};
 use pagefold_sys::probe;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -145,7 +145,7 @@ fn reopened(file: &OwnedFd, flags: OFlags) -> io::Result<OwnedFd> {
 fn extents(file: BorrowedFd<'_>) -> io::Result<String> {
     let mut count = 0;
     // No sync: the file may be somebody's. A new one then has no addresses yet, but a map all the same.
-    ExtentReader::new().read(file, u64::MAX, Sync::No, |_| count += 1)?;
+    read_extents(file, u64::MAX, Sync::No, |_| count += 1)?;
     let dirty = cache::cachestat(file, 0, 0).map_or(0, |s| s.nr_dirty);
     let note = if dirty > 0 { " (not yet written)" } else { "" };
     Ok(format!("{count} extent(s) told{note}"))
