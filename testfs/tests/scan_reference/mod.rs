@@ -6,7 +6,7 @@
 pub mod grow;
 pub mod recorder;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use pagefold_fsadapters::scan::{ScanReport, Sizes};
@@ -34,11 +34,47 @@ pub struct Reference {
     pub undecided: BTreeMap<PathBuf, u64>,
 }
 
-/// Whether the bytes are to be compared too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum By {
+/// What a page is known by.
+#[derive(Clone, Copy, Debug)]
+pub enum By<'a> {
+    /// Its place on disk.
     Extents,
-    Bytes,
+    /// Its bytes, if it was read through one of these names, or a page at the same place was.
+    Bytes(&'a BTreeSet<(PathBuf, u64)>),
+}
+
+/// Numbers of contents begin here; those of disks are small.
+const CONTENTS: u64 = 1 << 40;
+
+/// Numbers distinct bytes, and knows which places on disk were read.
+struct Contents<'a> {
+    hashed: &'a BTreeSet<(PathBuf, u64)>,
+    places: HashSet<TruePage>,
+    numbers: HashMap<&'a [u8], u64>,
+}
+
+impl<'a> Contents<'a> {
+    fn new(hashed: &'a BTreeSet<(PathBuf, u64)>, looks: &BTreeMap<PathBuf, Option<Look>>) -> Self {
+        let mut places = HashSet::new();
+        for (path, look) in looks {
+            let Some(look) = look else { continue };
+            let pages = by_extents(look).into_iter().enumerate();
+            let read = pages.filter(|(at, _)| hashed.contains(&(path.clone(), *at as u64)));
+            places.extend(read.map(|(_, page)| page));
+        }
+        places.remove(&TruePage::Undecided);
+        Contents { hashed, places, numbers: HashMap::new() }
+    }
+
+    fn page(&mut self, place: TruePage, name: &Path, at: u64, data: &'a [u8]) -> TruePage {
+        let read = self.places.contains(&place) || self.hashed.contains(&(name.to_owned(), at));
+        if place == TruePage::Zero || !read {
+            return place;
+        }
+        let next = CONTENTS + self.numbers.len() as u64;
+        let object = *self.numbers.entry(data).or_insert(next);
+        TruePage::Same { object, page: 0, valid: 0 }
+    }
 }
 
 /// What disk and cache say of each page up to EOF (design section 5).
@@ -120,36 +156,38 @@ fn distinct<'a>(
 ///
 /// # Errors
 /// Pages that count as equal have other bytes.
-pub fn reference(
+pub fn reference<'a>(
     roots: &[(PathBuf, u16)],
-    looks: &BTreeMap<PathBuf, Option<Look>>,
-    by: By,
+    looks: &'a BTreeMap<PathBuf, Option<Look>>,
+    by: By<'a>,
     steady: &dyn Fn(&Look) -> bool,
 ) -> Result<Reference, String> {
     let paths: Vec<PathBuf> = roots.iter().map(|r| r.0.clone()).collect();
     let (files, further) = distinct(&paths, looks);
-    let mut bytes: HashMap<&[u8], u64> = HashMap::new();
+    let mut contents = match by {
+        By::Extents => None,
+        By::Bytes(hashed) => Some(Contents::new(hashed, looks)),
+    };
     let mut safety: HashMap<TruePage, &[u8]> = HashMap::new();
     let mut undecided = BTreeMap::new();
     let mut truth = Truth { roots: Vec::new() };
     for ((path, domain), files) in roots.iter().zip(&files) {
         let mut root = TrueRoot { path: path.clone(), domain: *domain, files: Vec::new() };
         for (name, look) in files {
+            if look.facts.fs != files[0].1.facts.fs {
+                return Err(format!("{}: on another file system than its root", name.display()));
+            }
             let decided = by_extents(look);
             let open = decided.iter().filter(|p| **p == TruePage::Undecided).count() as u64;
             undecided.insert((*name).clone(), open);
             let mut runs = Vec::new();
-            for (page, data) in decided.iter().zip(&look.facts.pages) {
+            for (at, (page, data)) in decided.iter().zip(&look.facts.pages).enumerate() {
                 if steady(look) {
                     check_safe(*page, data, name, &mut safety)?;
                 }
-                let next = bytes.len() as u64;
-                let first = match (by, page) {
-                    (By::Extents, _) | (_, TruePage::Zero) => *page,
-                    _ => {
-                        let object = *bytes.entry(data).or_insert(next);
-                        TruePage::Same { object, page: 0, valid: 0 }
-                    }
+                let first = match &mut contents {
+                    Some(contents) => contents.page(*page, name, at as u64, data),
+                    None => *page,
                 };
                 runs.push(TrueRun { pages: 1, first });
             }
@@ -257,16 +295,4 @@ pub fn compare(report: &ScanReport, wanted: &Reference) -> Result<(), String> {
 
 fn same<T: PartialEq + std::fmt::Debug>(what: &str, found: &T, wanted: &T) -> Result<(), String> {
     if found == wanted { Ok(()) } else { Err(format!("{what}: found {found:?}, wanted {wanted:?}")) }
-}
-
-/// For runs in which not all could be read: nothing more is claimed than what the bytes give.
-pub fn claims_no_more(report: &ScanReport, bytes: &Reference) -> Result<(), String> {
-    let (found, most) = (figures(&report.totals), bytes.expected.totals);
-    let claims = |f: &Figures| [f.mergeable_file_bytes, f.mergeable_page_bytes, f.resident_duplicate_bytes];
-    if claims(&found).iter().zip(claims(&most)).any(|(f, m)| *f > m) {
-        return Err(format!("more is claimed than bytes give: {found:?}, at most {most:?}"));
-    }
-    let facts =
-        |f: &Figures| [f.files, f.hard_links, f.logical_bytes, f.cache_bytes, f.zero_bytes, f.resident_bytes];
-    same("facts of files", &facts(&found), &facts(&most))
 }

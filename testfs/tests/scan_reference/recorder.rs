@@ -4,7 +4,7 @@
 //! succeeded, whether it said that the file moved (then also size and cache, which nobody else knows for that moment), and
 //! whether it saw anything dirty.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -48,6 +48,8 @@ fn of_the_look(facts: &mut RawFile, found: &Inspection) {
 pub struct Record {
     /// `None`: the look failed.
     pub looks: Mutex<BTreeMap<PathBuf, Option<Look>>>,
+    /// Pages that were hashed, by the name they were read through.
+    pub hashed: Mutex<BTreeSet<(PathBuf, u64)>>,
     steps: AtomicU64,
 }
 
@@ -163,7 +165,21 @@ impl<S: FileSource> FileSource for Recorder<'_, S> {
         cancel: &AtomicBool,
         done: &(dyn Fn(ReadOutcome) + Sync),
     ) {
-        let mut jobs = jobs.inspect(|_| self.step());
-        self.inner.read(&mut jobs, options, cancel, done);
+        let given: Mutex<BTreeMap<u64, Vec<(PathBuf, u64)>>> = Mutex::default();
+        let mut jobs = jobs.inspect(|job| {
+            self.step();
+            let pages = job.ranges.iter().flat_map(|(first, n)| first.0..first.0 + n.0);
+            let pages = pages.map(|page| (job.path.clone(), page)).collect();
+            given.lock().unwrap_or_else(PoisonError::into_inner).insert(job.tag, pages);
+        });
+        let told = |outcome: ReadOutcome| {
+            if let ReadOutcome::Hashed { tag, .. } = &outcome {
+                let pages = given.lock().unwrap_or_else(PoisonError::into_inner).remove(tag);
+                let mut hashed = self.record.hashed.lock().unwrap_or_else(PoisonError::into_inner);
+                hashed.extend(pages.expect("a job that was given out, once"));
+            }
+            done(outcome);
+        };
+        self.inner.read(&mut jobs, options, cancel, &told);
     }
 }
