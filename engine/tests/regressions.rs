@@ -8,72 +8,37 @@ mod fake;
 use fake::*;
 use pagefold_engine::control::WriteVerdict;
 use pagefold_engine::counters::Decision;
-use pagefold_engine::domain::Registration;
-use pagefold_engine::engine::Engine;
 use pagefold_engine::host::{HostOp, NodeId, SharedPage, SharedSpan};
-use pagefold_engine::policy::{Knobs, Tick};
 use pagefold_engine::units::*;
 
-struct Rig {
-    engine: Engine,
-    host: FakeHost,
+/// Two clones, merged; then the second is stored to, and the first can't be broken for want of memory.
+fn with_a_last_sharer_that_cannot_be_broken() -> Rig {
+    let mut rig = Rig::big();
+    rig.map(file(1, 0), &[41], Some(90));
+    rig.map(file(2, 0), &[41], Some(90));
+    rig.step();
+    assert!(rig.host.is_shared(site(1, 0)));
+    rig.host.write(site(2, 0), 42);
+    rig.host.memory = 0;
+    rig.step();
+    assert!(rig.decided(Decision::BreakNoMemory) > 0, "the break must have failed");
+    assert!(rig.host.is_shared(site(1, 0)) && rig.host.is_protected(site(1, 0)));
+    rig
 }
 
-impl Rig {
-    fn new() -> Rig {
-        let knobs = Knobs { pages_to_scan: 1_000_000, smart_scan: false, ..Knobs::default() };
-        Rig { engine: Engine::new(knobs), host: FakeHost::new() }
-    }
-
-    fn step(&mut self) {
-        self.engine.step(&mut self.host, Tick(0));
-        self.check();
-    }
-
-    fn check(&self) {
-        self.host.check();
-        self.engine.audit();
-    }
-
-    fn map(&mut self, reg: Registration, contents: &[u64], place: Option<u64>) {
-        let id = reg.mapping.0;
-        self.host.map(id, 0, contents, place);
-        self.engine.register(reg, span(id, 0, contents.len() as u64)).unwrap();
-    }
-
-    fn decided(&self, decision: Decision) -> u64 {
-        self.engine.total().decisions.get(decision)
-    }
-
-    /// Two clones, merged; then the second is stored to, and the first can't be broken for want of memory.
-    fn with_a_last_sharer_that_cannot_be_broken() -> Rig {
-        let mut rig = Rig::new();
-        rig.map(file(1, 0), &[41], Some(90));
-        rig.map(file(2, 0), &[41], Some(90));
-        rig.step();
-        assert!(rig.host.is_shared(site(1, 0)));
-        rig.host.write(site(2, 0), 42);
-        rig.host.memory = 0;
-        rig.step();
-        assert!(rig.decided(Decision::BreakNoMemory) > 0, "the break must have failed");
-        assert!(rig.host.is_shared(site(1, 0)) && rig.host.is_protected(site(1, 0)));
-        rig
-    }
-
-    /// A child of a fork in another domain, which shows a page it may not share and can't be broken.
-    fn with_a_stray_of_another_domain() -> Rig {
-        let mut rig = Rig::new();
-        rig.map(file(1, 0), &[41], Some(90));
-        rig.map(file(2, 0), &[41], Some(90));
-        rig.step();
-        rig.host.fork(1, 3);
-        rig.engine.register(file(3, 1), span(3, 0, 1)).unwrap();
-        rig.host.memory = 0;
-        rig.step();
-        assert!(rig.decided(Decision::ForeignDomain) > 0 && rig.decided(Decision::BreakNoMemory) > 0);
-        assert!(rig.host.is_shared(site(3, 0)) && rig.host.is_protected(site(3, 0)));
-        rig
-    }
+/// A child of a fork in another domain, which shows a page it may not share and can't be broken.
+fn with_a_stray_of_another_domain() -> Rig {
+    let mut rig = Rig::big();
+    rig.map(file(1, 0), &[41], Some(90));
+    rig.map(file(2, 0), &[41], Some(90));
+    rig.step();
+    rig.host.fork(1, 3);
+    rig.engine.register(file(3, 1), span(3, 0, 1)).unwrap();
+    rig.host.memory = 0;
+    rig.step();
+    assert!(rig.decided(Decision::ForeignDomain) > 0 && rig.decided(Decision::BreakNoMemory) > 0);
+    assert!(rig.host.is_shared(site(3, 0)) && rig.host.is_protected(site(3, 0)));
+    rig
 }
 
 /// The record said "volatile" while the page was still protected: when the kernel then copied for a store, nobody knew
@@ -81,8 +46,8 @@ impl Rig {
 #[test]
 fn a_page_copied_after_its_break_failed_loses_its_protection() {
     for (mut rig, at) in [
-        (Rig::with_a_last_sharer_that_cannot_be_broken(), site(1, 0)),
-        (Rig::with_a_stray_of_another_domain(), site(3, 0)),
+        (with_a_last_sharer_that_cannot_be_broken(), site(1, 0)),
+        (with_a_stray_of_another_domain(), site(3, 0)),
     ] {
         rig.host.copy_under_lease(at, 77);
         rig.check();
@@ -99,8 +64,8 @@ fn a_page_copied_after_its_break_failed_loses_its_protection() {
 #[test]
 fn the_next_pass_lifts_what_a_failed_break_left() {
     for (mut rig, at) in [
-        (Rig::with_a_last_sharer_that_cannot_be_broken(), site(1, 0)),
-        (Rig::with_a_stray_of_another_domain(), site(3, 0)),
+        (with_a_last_sharer_that_cannot_be_broken(), site(1, 0)),
+        (with_a_stray_of_another_domain(), site(3, 0)),
     ] {
         rig.host.copy_under_lease(at, 77);
         rig.step();
@@ -112,14 +77,14 @@ fn the_next_pass_lifts_what_a_failed_break_left() {
 /// and the protection of a page that shows a shared one: its readers missed the next write.
 #[test]
 fn a_late_notice_of_a_truncation_spares_what_merged_again() {
-    let mut rig = Rig::new();
+    let mut rig = Rig::big();
     rig.map(file(1, 0), &[41, 42], Some(90));
     rig.map(file(2, 0), &[41, 42], Some(90));
     rig.step();
     // Truncated to nothing, then cloned anew; only the second page is not there any more.
     rig.host.truncate(2, 0);
     rig.host.map(2, 0, &[41], Some(90));
-    (0..2).for_each(|_| rig.step());
+    rig.passes(2);
     assert!(rig.host.is_shared(site(2, 0)), "it has merged again");
     let before = rig.engine.total().gauges;
 
@@ -139,7 +104,7 @@ fn a_late_notice_of_a_truncation_spares_what_merged_again() {
 /// A notice in time: what is gone goes, what lies before the cut stays.
 #[test]
 fn a_notice_in_time_drops_what_is_gone_and_nothing_else() {
-    let mut rig = Rig::new();
+    let mut rig = Rig::big();
     rig.map(file(1, 0), &[41, 42, 43], Some(90));
     rig.map(file(2, 0), &[41, 42, 43], Some(90));
     rig.step();
@@ -153,7 +118,7 @@ fn a_notice_in_time_drops_what_is_gone_and_nothing_else() {
 /// A notice that can't be checked drops nothing: the error is counted, the next pass looks again.
 #[test]
 fn a_notice_that_cannot_be_checked_keeps_every_record() {
-    let mut rig = Rig::new();
+    let mut rig = Rig::big();
     rig.map(file(1, 0), &[41, 42], Some(90));
     rig.map(file(2, 0), &[41, 42], Some(90));
     rig.step();
@@ -163,7 +128,7 @@ fn a_notice_that_cannot_be_checked_keeps_every_record() {
     rig.engine.truncated(&mut rig.host, MappingId(2), PageIndex(1));
     assert_eq!(rig.engine.total().gauges, before);
     assert!(rig.decided(Decision::HostError) > 0);
-    (0..2).for_each(|_| rig.step());
+    rig.passes(2);
     assert_eq!(rig.decided(Decision::Dropped), 1, "the next pass saw it");
     assert!(rig.host.is_shared(site(2, 0)));
 }
@@ -172,7 +137,7 @@ fn a_notice_that_cannot_be_checked_keeps_every_record() {
 /// them had been relocated meanwhile.
 #[test]
 fn a_release_still_owed_follows_a_relocation() {
-    let mut rig = Rig::new();
+    let mut rig = Rig::big();
     rig.map(file(1, 0), &[41, 42, 43], Some(90));
     rig.map(file(2, 0), &[41, 42, 43], Some(90));
     rig.step();

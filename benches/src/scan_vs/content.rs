@@ -124,6 +124,24 @@ impl Drop for Tree {
     }
 }
 
+fn nothing_measured(fs: Fs, tree: &'static str, files: &[TreeFile]) -> Content {
+    Content {
+        fs: fs.name(),
+        tree,
+        files: files.len() as u64,
+        bytes: files.iter().map(|f| f.size).sum(),
+        bytes_read: 0,
+        scans: vec![],
+        walk_s: Series::default(),
+        reading_s: Series::default(),
+        cached_growth_bytes: Series::default(),
+        cached_of_tree_bytes: Series::default(),
+        fio: vec![],
+        blake3_bytes_per_s: Series::default(),
+        peers: vec![],
+    }
+}
+
 fn one_tree(
     bench: &Bench<'_>,
     fs: Fs,
@@ -137,21 +155,7 @@ fn one_tree(
     for root in &tree.roots {
         files.extend(tree::in_physical_order(root)?);
     }
-    let mut row = Content {
-        fs: fs.name(),
-        tree: name,
-        files: files.len() as u64,
-        bytes: files.iter().map(|f| f.size).sum(),
-        bytes_read: 0,
-        scans: vec![],
-        walk_s: Series::default(),
-        reading_s: Series::default(),
-        cached_growth_bytes: Series::default(),
-        cached_of_tree_bytes: Series::default(),
-        fio: vec![],
-        blake3_bytes_per_s: Series::default(),
-        peers: vec![],
-    };
+    let mut row = nothing_measured(fs, name, &files);
     let mut find = |peer: Peer| {
         let found = peer.find();
         if found.is_none() {

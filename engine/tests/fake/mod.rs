@@ -6,6 +6,8 @@
 //! system or the kernel; that is `testfs`.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+mod rig;
+
 use std::collections::{BTreeMap, VecDeque};
 
 use pagefold_engine::domain::{Backend, Registration, Route};
@@ -13,6 +15,9 @@ use pagefold_engine::host::*;
 use pagefold_engine::identity::{AddressSpace, DeviceClass, Identity, Undecided};
 use pagefold_engine::layout::{CacheState, Run};
 use pagefold_engine::units::*;
+
+#[allow(unused_imports, reason = "each test binary uses its own part")]
+pub use rig::{Rig, content};
 
 /// What happens right before an operation.
 #[derive(Clone, Copy, Debug)]
