@@ -4,7 +4,7 @@
 //! so that [`FakeHost::check`] sees any merge of unequal pages. It asserts the engine's side of the host contract: no
 //! double protection, no share with a stale stamp, no second release. What it deliberately does not do: simulate a file
 //! system or the kernel; that is `testfs`.
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses its own part")]
 
 mod rig;
 
@@ -16,7 +16,6 @@ use pagefold_engine::identity::{AddressSpace, DeviceClass, Identity, Undecided};
 use pagefold_engine::layout::{CacheState, Run};
 use pagefold_engine::units::*;
 
-#[allow(unused_imports, reason = "each test binary uses its own part")]
 pub use rig::{Rig, content};
 
 /// What happens right before an operation.
