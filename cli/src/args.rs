@@ -1,6 +1,6 @@
 //! Arguments as typed. What they mean is resolved elsewhere (`*_args`).
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 
 use crate::cmd_demo::DemoArgs;
 use crate::cmd_doctor::DoctorArgs;
@@ -27,13 +27,4 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Make a small farm on a file system of its own, scan it, print the report, remove everything again.
     Demo(DemoArgs),
-}
-
-/// How a report is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// For people.
-    Table,
-    /// For programs: a named, versioned schema.
-    Json,
 }

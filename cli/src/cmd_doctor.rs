@@ -11,8 +11,8 @@ use comfy_table::{ContentArrangement, Table};
 use pagefold_fsadapters::doctor::{Check, Report, State, examine};
 use pagefold_fsadapters::scan::path_text;
 
-use crate::args::Format;
 use crate::exit::Exit;
+use crate::format::Format;
 
 /// Arguments of `pagefold doctor`.
 #[derive(Debug, Args)]

@@ -8,6 +8,7 @@ mod cmd_demo;
 mod cmd_doctor;
 mod cmd_farm;
 mod exit;
+mod format;
 mod human;
 mod interrupt;
 mod progress_bar;
@@ -22,8 +23,9 @@ use clap::Parser;
 use pagefold_fsadapters::os::Os;
 use pagefold_fsadapters::scan::{Progress, RootReport, ScanReport, path_text, scan};
 
-use args::{Cli, Command, Format};
+use args::{Cli, Command};
 pub use exit::Exit;
+use format::Format;
 
 /// Parses `args` (the program's name first), runs the command and returns its exit code. Reports go to stdout, messages
 /// to stderr.

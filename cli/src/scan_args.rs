@@ -11,7 +11,7 @@ use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use pagefold_fsadapters::scan::{DOMAINS_MAX, RootSpec, ScanConfig};
 use pagefold_fsadapters::source::ReadOptions;
 
-use crate::args::Format;
+use crate::format::Format;
 
 /// Requests in flight per reader thread.
 const QUEUE_DEPTH: u32 = 32;
