@@ -15,3 +15,4 @@ pub mod reflink;
 pub mod residency;
 pub mod scan;
 pub mod source;
+mod turnstile;
