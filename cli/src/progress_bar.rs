@@ -65,24 +65,27 @@ fn walk_line(progress: &Progress, elapsed: Duration) -> String {
     let seconds = elapsed.as_secs_f64().max(0.001);
     let rate = (files as f64 / seconds) as u64;
     let left = if done > 0 { seconds * (found.saturating_sub(done)) as f64 / done as f64 } else { 0.0 };
+    // Depth first, what is found is soon done: an estimate below a second says nothing.
+    let estimate =
+        if left < 1.0 { String::new() } else { format!(", at least {} left", human::seconds(left)) };
     format!(
-        "{} files, {}/s, {done} of {found} directories found so far, at least {} left",
+        "{} files, {}/s, {done} of {found} directories found so far{estimate}",
         human::count(files),
         human::count(rate),
-        human::seconds(left)
     )
 }
 
 fn read_line(progress: &Progress, elapsed: Duration) -> String {
     let (done, total) = progress.pages();
+    let page = rustix::param::page_size() as u64;
     let seconds = elapsed.as_secs_f64().max(0.001);
     let rate = done as f64 / seconds;
     let left = if rate > 0.0 { (total.saturating_sub(done)) as f64 / rate } else { 0.0 };
     format!(
         "read {} of {}, {}/s, {} left",
-        human::bytes(done * 4096),
-        human::bytes(total * 4096),
-        human::bytes((rate * 4096.0) as u64),
+        human::bytes(done * page),
+        human::bytes(total * page),
+        human::bytes((rate * page as f64) as u64),
         human::seconds(left)
     )
 }
