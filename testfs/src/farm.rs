@@ -217,11 +217,19 @@ pub fn create(spec: &FarmSpec, progress: OnProgress<'_>, cancel: &AtomicBool) ->
     let place = Place::prepare(spec, &mut manifest)?;
     let made = fill(&place.dir, spec, &mut manifest, &job);
     if let Err(e) = made {
-        if !place.own_filesystem {
-            let _ = place::remove_contents(&place.dir, spec.snapshots);
-        }
-        let _ = place::take_back(&place.dir, place.own_filesystem, place.made_directory);
-        return Err(e);
+        let contents = match place.own_filesystem {
+            true => Ok(()),
+            false => place::remove_contents(&place.dir, spec.snapshots),
+        };
+        // Only when the contents are gone may the manifest go: without it they could not be destroyed any more.
+        let cleaned =
+            contents.and_then(|()| place::take_back(&place.dir, place.own_filesystem, place.made_directory));
+        return Err(match cleaned {
+            Ok(()) => e,
+            Err(clean_up) => {
+                FarmError::LeftBehind { dir: place.dir, error: Box::new(e), clean_up: Box::new(clean_up) }
+            }
+        });
     }
     Ok(manifest)
 }
@@ -236,6 +244,12 @@ fn fill(dir: &Path, spec: &FarmSpec, manifest: &mut Manifest, job: &Job<'_>) -> 
     }
     let roots_dir = dir.join(ROOTS_DIR);
     std::fs::create_dir(&roots_dir).map_err(|e| FarmError::io("create", &roots_dir, e))?;
+    for private in [&image_dir, &roots_dir] {
+        // An image may hold setuid programs and files that its own directory kept from others (design 12).
+        use std::os::unix::fs::PermissionsExt;
+        let owner_only = std::fs::Permissions::from_mode(0o700);
+        std::fs::set_permissions(private, owner_only).map_err(|e| FarmError::io("protect", private, e))?;
+    }
     let image = build_image(dir, &image_dir, spec, job)?;
     // Written out as a whole before anything is cloned: a clone made half-way splits the write-out, and where a
     // compressed extent begins would depend on the clock.

@@ -65,8 +65,9 @@ impl RigFs {
 
     const fn mount_options(self) -> &'static str {
         match self {
-            RigFs::BtrfsZstd => "compress=zstd",
-            _ => "defaults",
+            // What is unpacked into a rig may come from anywhere: no setuid program and no device of it works.
+            RigFs::BtrfsZstd => "nosuid,nodev,compress=zstd",
+            _ => "nosuid,nodev",
         }
     }
 }

@@ -129,7 +129,13 @@ fn without_scratch(dir: BorrowedFd<'_>, error: &io::Error) -> Vec<Check> {
 }
 
 /// An unnamed file of two pages: nothing to clean up, however we end.
+///
+/// Not on overlayfs: there even an unnamed file makes the kernel copy its directory up, for good (`ovl_tmpfile`).
 fn scratch(dir: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const OVERLAYFS_MAGIC: u32 = 0x794c_7630;
+    if rustix::fs::fstatfs(dir)?.f_type as u32 == OVERLAYFS_MAGIC {
+        return Err(io::Error::other("on overlayfs that would change the upper layer"));
+    }
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let file = rustix::fs::openat(dir, c".", flags, Mode::RUSR | Mode::WUSR)?;
     rustix::io::pwrite(&file, &[0xa5; 8192], 0)?;

@@ -24,6 +24,16 @@ pub enum FarmError {
         /// The errno.
         source: io::Error,
     },
+    /// Making failed, and so did removing what was made.
+    #[error("{error}; not all of it could be removed again ({clean_up}): then `farm destroy {}`", dir.display())]
+    LeftBehind {
+        /// The directory.
+        dir: PathBuf,
+        /// Why making failed.
+        error: Box<FarmError>,
+        /// Why removing failed.
+        clean_up: Box<FarmError>,
+    },
     /// The directory holds something.
     #[error("{} is not empty: give a new or an empty directory, or `farm destroy` the farm in it", dir.display())]
     Occupied {

@@ -9,6 +9,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use pagefold_fsadapters::mountinfo::{self, Mount};
 use rustix::fs::{Mode, OFlags};
 
 use crate::rig::{self, KnownFs, RigFs, fs_kind};
@@ -126,7 +127,10 @@ pub(super) fn write_manifest(dir: &Path, manifest: &Manifest) -> Result<(), Farm
     let path = dir.join(MANIFEST);
     let partial = dir.join(".farm.json.new");
     let written = (|| {
-        let file = std::fs::File::create(&partial)?;
+        // Names and hashes of the image's files are nobody else's business.
+        use std::os::unix::fs::OpenOptionsExt;
+        let mut options = std::fs::OpenOptions::new();
+        let file = options.write(true).create(true).truncate(true).mode(0o600).open(&partial)?;
         let mut writer = io::BufWriter::new(file);
         serde_json::to_writer(&mut writer, manifest)?;
         let file = writer.into_inner().map_err(io::IntoInnerError::into_error)?;
@@ -171,6 +175,9 @@ pub(super) fn take_back(dir: &Path, own_filesystem: bool, made_directory: bool) 
         if is_mounted_from(dir, &image) {
             // Not lazily: a farm that is in use stays, whole.
             rig::unmount(dir)?;
+        } else if is_mount_point(dir) {
+            let busy = "something is mounted there that is not the farm's backing file: unmount it first";
+            return Err(FarmError::io("remove", dir, io::Error::new(io::ErrorKind::ResourceBusy, busy)));
         }
         rig::detach_loops_of(&image);
         remove_if_there(&image)?;
@@ -185,6 +192,7 @@ pub(super) fn take_back(dir: &Path, own_filesystem: bool, made_directory: bool) 
 
 /// Removes image and roots from a directory that the farm doesn't have to itself.
 pub(super) fn remove_contents(dir: &Path, snapshots: bool) -> Result<(), FarmError> {
+    refuse_mounts_below(dir)?;
     let roots = dir.join(ROOTS_DIR);
     let listing = match std::fs::read_dir(&roots) {
         Ok(listing) => Some(listing),
@@ -210,13 +218,18 @@ fn remove_tree(path: &Path, subvolume: bool) -> Result<(), FarmError> {
     if path.symlink_metadata().is_err() {
         return Ok(());
     }
-    if subvolume {
-        // A half-made farm may hold a plain directory here; then the ordinary way follows.
-        if btrfs(&["subvolume", "delete"], &[path]).is_ok() {
-            return Ok(());
-        }
+    // A half-made farm may hold a plain directory here; then the ordinary way follows.
+    if subvolume && is_subvolume(path) {
+        return btrfs(&["subvolume", "delete"], &[path]);
     }
     std::fs::remove_dir_all(path).map_err(|e| FarmError::io("remove", path, e))
+}
+
+/// The top directory of a btrfs subvolume has a number of its own.
+fn is_subvolume(path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    const TOP_OF_SUBVOLUME: u64 = 256;
+    path.symlink_metadata().is_ok_and(|m| m.ino() == TOP_OF_SUBVOLUME)
 }
 
 fn remove_if_there(path: &Path) -> Result<(), FarmError> {
@@ -226,15 +239,17 @@ fn remove_if_there(path: &Path) -> Result<(), FarmError> {
     }
 }
 
+fn is_mount_point(dir: &Path) -> bool {
+    mount_of(dir).is_some_and(|m| m.mount_point == dir)
+}
+
 /// Whether the topmost mount at `dir` is a loop device on `image`.
 fn is_mounted_from(dir: &Path, image: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let device_of = |path: &Path| path.metadata().map(|m| m.dev()).ok();
-    if device_of(dir) == dir.parent().and_then(device_of) {
+    if !is_mount_point(dir) {
         return false;
     }
-    let source = mount_source(dir).unwrap_or_default();
-    let Some(name) = Path::new(&source).file_name() else { return false };
+    let Some(mount) = mount_of(dir) else { return false };
+    let Some(name) = Path::new(&mount.source).file_name() else { return false };
     let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
     std::fs::read(backing).is_ok_and(|text| {
         use std::os::unix::ffi::OsStrExt;
@@ -242,38 +257,27 @@ fn is_mounted_from(dir: &Path, image: &Path) -> bool {
     })
 }
 
-/// Source and super-block options of the mount that `path` is on, from mountinfo.
-fn mount_of(path: &Path) -> Option<(String, String)> {
-    let table = std::fs::read(Path::new("/proc/self/mountinfo")).ok()?;
-    let mut best: Option<(usize, String, String)> = None;
-    for line in table.split(|b| *b == b'\n') {
-        let line = String::from_utf8_lossy(line);
-        let Some((left, right)) = line.split_once(" - ") else { continue };
-        let Some(point) = left.split(' ').nth(4).map(unescape) else { continue };
-        let mut fields = right.split(' ').skip(1);
-        let (Some(source), Some(options)) = (fields.next(), fields.next()) else { continue };
-        let depth = Path::new(&point).components().count();
-        // Later lines lie on top of earlier ones.
-        if path.starts_with(&point) && best.as_ref().is_none_or(|(known, ..)| depth >= *known) {
-            best = Some((depth, unescape(source), options.to_owned()));
-        }
-    }
-    best.map(|(_, source, options)| (source, options))
+/// The mount that `path` is on; later lines of mountinfo lie on top of earlier ones.
+fn mount_of(path: &Path) -> Option<Mount> {
+    let all = mountinfo::read().ok()?.into_iter().filter(|m| path.starts_with(&m.mount_point));
+    all.enumerate().max_by_key(|(line, m)| (m.mount_point.components().count(), *line)).map(|(_, m)| m)
 }
 
-fn mount_source(path: &Path) -> Option<String> {
-    mount_of(path).map(|(source, _)| source)
+/// Fails if anything is mounted below `dir`: removing file by file would go on in there, in somebody else's files.
+fn refuse_mounts_below(dir: &Path) -> Result<(), FarmError> {
+    let mounts =
+        mountinfo::read().map_err(|e| FarmError::io("read", Path::new("/proc/self/mountinfo"), e))?;
+    match mounts.into_iter().find(|m| m.mount_point.starts_with(dir) && m.mount_point != dir) {
+        None => Ok(()),
+        Some(mount) => {
+            let busy =
+                io::Error::new(io::ErrorKind::ResourceBusy, "something is mounted there: unmount it first");
+            Err(FarmError::io("remove", &mount.mount_point, busy))
+        }
+    }
 }
 
 /// Whether the file system at `path` compresses what is written to it.
 pub(super) fn compresses(path: &Path) -> bool {
-    mount_of(path).is_some_and(|(_, options)| options.split(',').any(|o| o.starts_with("compress")))
-}
-
-/// mountinfo writes blanks, tabs, newlines and backslashes as three octal digits.
-fn unescape(text: &str) -> String {
-    ["\\040", "\\011", "\\012", "\\134"]
-        .into_iter()
-        .zip([" ", "\t", "\n", "\\"])
-        .fold(text.to_owned(), |text, (code, plain)| text.replace(code, plain))
+    mount_of(path).is_some_and(|m| m.fs_options.split(|b| *b == b',').any(|o| o.starts_with(b"compress")))
 }

@@ -67,7 +67,10 @@ pub fn sweep(base: &Path) -> Result<(), RigError> {
         // Without a lock file the owner died between making the directory and taking the lock (the gate is ours now).
         match open_lock(&home.join(LOCK), OFlags::empty()) {
             Ok(lock) if !try_lock(&lock) => {}
-            _ => dismantle(&home),
+            Ok(_) => dismantle(&home),
+            Err(e) if is_not_found(&e) => dismantle(&home),
+            // No more descriptors, say: that tells nothing of the owner.
+            Err(_) => {}
         }
     }
     Ok(())
@@ -106,6 +109,10 @@ pub(crate) fn unmount(path: &Path) -> Result<(), RigError> {
             Err(e) => return Err(RigError::io("unmount (is it in use?)", path, e.into())),
         }
     }
+}
+
+fn is_not_found(error: &RigError) -> bool {
+    matches!(error, RigError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
 }
 
 fn open_lock(path: &Path, flags: OFlags) -> Result<OwnedFd, RigError> {
