@@ -9,10 +9,10 @@ use clap::Args;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{ContentArrangement, Table};
 use pagefold_fsadapters::doctor::{Check, Report, State, examine};
-use pagefold_fsadapters::scan::path_text;
 
 use crate::exit::Exit;
 use crate::format::Format;
+use crate::human;
 
 /// Arguments of `pagefold doctor`.
 #[derive(Debug, Args)]
@@ -49,7 +49,7 @@ fn render(report: &Report) -> String {
     let mut out = format!("Linux {}, user id {}\n{}\n", report.kernel, report.uid, table(&report.host));
     for path in &report.paths {
         let kind = if path.file_system.is_empty() { "not readable" } else { &path.file_system };
-        out.push_str(&format!("\n{} ({kind})\n{}\n", path_text(&path.path), table(&path.checks)));
+        out.push_str(&format!("\n{} ({kind})\n{}\n", human::path(&path.path), table(&path.checks)));
     }
     out.push_str(&missing(report));
     out.push_str(if report.can_scan {

@@ -17,6 +17,14 @@ pub fn bytes(n: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
+/// A path for a terminal: control characters, with which a file's name could move the cursor or forge lines, as `\\u{..}`.
+pub fn path(path: &std::path::Path) -> String {
+    let text = pagefold_fsadapters::scan::path_text(path);
+    text.chars()
+        .map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() })
+        .collect()
+}
+
 /// `1234567` -> `1,234,567`.
 pub fn count(n: u64) -> String {
     let digits = n.to_string();
@@ -66,6 +74,11 @@ mod tests {
         for (n, want) in cases {
             assert_eq!(bytes(n), want);
         }
+    }
+
+    #[test]
+    fn names_can_not_write_to_the_terminal() {
+        assert_eq!(path(std::path::Path::new("a\x1b[2J\nb\u{9b}\u{e4}")), "a\\u{1b}[2J\\nb\\u{9b}\u{e4}");
     }
 
     #[test]

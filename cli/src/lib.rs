@@ -21,7 +21,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pagefold_fsadapters::os::Os;
-use pagefold_fsadapters::scan::{Progress, RootReport, ScanReport, path_text, scan};
+use pagefold_fsadapters::scan::{Progress, RootReport, ScanReport, scan};
 
 use args::{Cli, Command};
 pub use exit::Exit;
@@ -74,7 +74,7 @@ fn run_scan(args: &scan_args::ScanArgs) -> anyhow::Result<Exit> {
     if exit == Exit::Error && args.format == Format::Table {
         // An empty table would hide the one thing there is to say.
         for error in &report.errors {
-            eprintln!("pagefold: {}: {}", path_text(&error.path), error.error);
+            eprintln!("pagefold: {}: {}", human::path(&error.path), error.error);
         }
         return Ok(exit);
     }

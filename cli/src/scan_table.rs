@@ -2,9 +2,9 @@
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
-use pagefold_fsadapters::scan::{ScanReport, Sizes, path_text};
+use pagefold_fsadapters::scan::{ScanReport, Sizes};
 
-use crate::human::{bytes, count, percent, seconds};
+use crate::human::{self, bytes, count, percent, seconds};
 
 /// Notes of one kind shown before "and N more".
 const NOTES_SHOWN: usize = 10;
@@ -23,9 +23,9 @@ pub fn render(report: &ScanReport) -> String {
     push(top_files(report));
     push(top_directories(report));
     push(matrix(report));
-    let skipped: Vec<_> = report.skipped.iter().map(|s| (path_text(&s.path), s.reason.as_str())).collect();
+    let skipped: Vec<_> = report.skipped.iter().map(|s| (human::path(&s.path), s.reason.as_str())).collect();
     push(notes("Skipped", &skipped));
-    let errors: Vec<_> = report.errors.iter().map(|e| (path_text(&e.path), e.error.as_str())).collect();
+    let errors: Vec<_> = report.errors.iter().map(|e| (human::path(&e.path), e.error.as_str())).collect();
     push(notes("Errors (not in the figures)", &errors));
     push(footnotes(report));
     out
@@ -102,7 +102,7 @@ fn roots_table(report: &ScanReport) -> String {
     let mut rows: Vec<_> = report
         .roots
         .iter()
-        .map(|r| row(path_text(&r.path), &r.domain, &r.sizes, Some(r.shared_with_others_bytes)))
+        .map(|r| row(human::path(&r.path), &r.domain, &r.sizes, Some(r.shared_with_others_bytes)))
         .collect();
     rows.push(row("total".to_owned(), "", &report.totals, None));
     let mut header = vec!["root"];
@@ -128,7 +128,7 @@ fn top_files(report: &ScanReport) -> String {
     }
     let row = |f: &pagefold_fsadapters::scan::TopFile| {
         vec![
-            path_text(&f.path),
+            human::path(&f.path),
             count(f.copies),
             bytes(f.cache_bytes_each),
             bytes(f.cache_bytes_each * (f.copies - 1)),
@@ -143,8 +143,9 @@ fn top_directories(report: &ScanReport) -> String {
     if report.top_directories.is_empty() {
         return String::new();
     }
-    let row =
-        |d: &pagefold_fsadapters::scan::TopDirectory| vec![path_text(&d.path), bytes(d.mergeable_file_bytes)];
+    let row = |d: &pagefold_fsadapters::scan::TopDirectory| {
+        vec![human::path(&d.path), bytes(d.mergeable_file_bytes)]
+    };
     let rows = report.top_directories.iter().map(row).collect();
     table(&["top directories (below the roots)", "mergeable: files"], rows, 1)
 }
@@ -154,7 +155,7 @@ fn matrix(report: &ScanReport) -> String {
     let mut header = vec!["in common".to_owned()];
     header.extend((0..matrix.len()).map(|at| format!("#{at}")));
     let rows = matrix.iter().enumerate().map(|(at, row)| {
-        let mut cells = vec![format!("#{at} {}", path_text(&report.roots[at].path))];
+        let mut cells = vec![format!("#{at} {}", human::path(&report.roots[at].path))];
         cells.extend(row.iter().map(|n| bytes(*n)));
         cells
     });

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
-use crate::identity::Identity;
+use crate::identity::{Identity, Undecided};
 use crate::layout::{Layout, Run};
 use crate::share_map::{CachedRuns, Key, LayoutId, Mapping, ShareMap};
 use crate::units::{MappingId, PageCount, PageIndex, RootId, Span};
@@ -112,8 +112,10 @@ impl ShareMap {
     fn plan_undecided(&self) -> impl Iterator<Item = ReadPlan> + '_ {
         self.mappings().filter_map(|(mapping, m)| {
             let runs = self.layout(m.layout).runs.iter();
-            let ranges: Vec<_> =
-                runs.filter(|r| !r.identity.is_decided()).map(|r| (r.start, r.pages)).collect();
+            // A file that moved twice would move again; it is named in the report, and its size may be anything.
+            let wanted =
+                |r: &&Run| !r.identity.is_decided() && r.identity != Identity::Undecided(Undecided::Volatile);
+            let ranges: Vec<_> = runs.filter(wanted).map(|r| (r.start, r.pages)).collect();
             let plan = ReadPlan { mapping, ranges, place: None, shared_layout: false };
             (!plan.ranges.is_empty()).then(|| plan.tidied())
         })

@@ -118,11 +118,12 @@ impl ShareMap {
             figures.files += copies;
             // Sparse files may be 8 EiB each: two of them overflow the sum.
             figures.logical_bytes = figures.logical_bytes.saturating_add(layout.size.saturating_mul(copies));
-            figures.cache.0 += cache * copies;
+            figures.cache.0 = figures.cache.0.saturating_add(cache.saturating_mul(copies));
             figures.zero.0 = figures.zero.0.saturating_add(zero.saturating_mul(copies));
-            figures.undecided.0 += undecided * copies;
+            figures.undecided.0 = figures.undecided.0.saturating_add(undecided.saturating_mul(copies));
             if group {
-                figures.mergeable_file.0 += cache * (copies - 1);
+                let gone = cache.saturating_mul(copies - 1);
+                figures.mergeable_file.0 = figures.mergeable_file.0.saturating_add(gone);
             }
         };
         each(&mut savings.total, holder.copies());
@@ -317,7 +318,7 @@ impl RootSets {
             }
         }
         for (at, root) in roots.iter().enumerate() {
-            matrix[at][at].0 = root.own.cache.0 - root.own.mergeable_page.0;
+            matrix[at][at].0 = root.own.cache.0.saturating_sub(root.own.mergeable_page.0);
         }
         matrix
     }

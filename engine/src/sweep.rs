@@ -89,6 +89,12 @@ struct Item {
     shower: Shower,
 }
 
+impl Item {
+    fn end(&self) -> u64 {
+        self.key.at + self.pages
+    }
+}
+
 /// A run of equal pages: the items that cover it, each with how far into the item it begins.
 pub(crate) struct Segment<'a> {
     pub identity: Identity,
@@ -109,37 +115,58 @@ pub(crate) fn sweep(
         collect(map, holder, at as u32, with_cache, &mut items);
     }
     items.sort_unstable_by_key(|i| i.key);
-    let mut active: Vec<Item> = Vec::new();
-    let mut showers = Vec::new();
+    let mut active = Active::default();
     let mut at = Key { space: 0, at: 0 };
-    let mut emit = |active: &mut Vec<Item>, from: u64, to: u64| {
-        if from < to && !active.is_empty() {
-            showers.clear();
-            showers.extend(active.iter().map(|i| (i.shower, from - i.key.at)));
-            let first = active[0];
-            let identity = first.identity.plus(PageCount(from - first.key.at));
-            tell(Segment { identity, pages: PageCount(to - from), showers: &showers });
-        }
-        active.retain(|i| i.key.at + i.pages > to);
-    };
     for item in items {
-        let same_space = item.key.space == at.space;
-        let until = if same_space { item.key.at } else { u64::MAX };
-        while let Some(end) = active.iter().map(|i| i.key.at + i.pages).min()
-            && end <= until
-        {
-            emit(&mut active, at.at, end);
-            at.at = end;
+        // Many items may begin at one place (a block that a million pages of a file show): they only gather.
+        if item.key != at {
+            let same_space = item.key.space == at.space;
+            let until = if same_space { item.key.at } else { u64::MAX };
+            at.at = active.tell_ends(at.at, until, &mut tell);
+            if same_space {
+                active.tell(at.at, until, &mut tell);
+            }
+            at = item.key;
         }
-        if same_space {
-            emit(&mut active, at.at, until);
-        }
-        at = item.key;
         active.push(item);
     }
-    while let Some(end) = active.iter().map(|i| i.key.at + i.pages).min() {
-        emit(&mut active, at.at, end);
-        at.at = end;
+    active.tell_ends(at.at, u64::MAX, &mut tell);
+}
+
+/// The items that cover the place of the sweep.
+#[derive(Default)]
+struct Active {
+    items: Vec<Item>,
+    /// Least end of them; meaningless without items.
+    first_end: u64,
+    showers: Vec<(Shower, u64)>,
+}
+
+impl Active {
+    fn push(&mut self, item: Item) {
+        let end = item.end();
+        self.first_end = if self.items.is_empty() { end } else { self.first_end.min(end) };
+        self.items.push(item);
+    }
+
+    /// Tells what lies between `from` and each end up to `until`, dropping what ends; returns the last end.
+    fn tell_ends(&mut self, mut from: u64, until: u64, tell: &mut impl FnMut(Segment<'_>)) -> u64 {
+        while !self.items.is_empty() && self.first_end <= until {
+            let end = self.first_end;
+            self.tell(from, end, tell);
+            self.items.retain(|i| i.end() > end);
+            self.first_end = self.items.iter().map(Item::end).min().unwrap_or(0);
+            from = end;
+        }
+        from
+    }
+
+    fn tell(&mut self, from: u64, to: u64, tell: &mut impl FnMut(Segment<'_>)) {
+        let Some(first) = self.items.first().filter(|_| from < to) else { return };
+        self.showers.clear();
+        self.showers.extend(self.items.iter().map(|i| (i.shower, from - i.key.at)));
+        let identity = first.identity.plus(PageCount(from - first.key.at));
+        tell(Segment { identity, pages: PageCount(to - from), showers: &self.showers });
     }
 }
 

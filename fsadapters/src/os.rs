@@ -3,7 +3,7 @@
 //! Invariant: nothing looked at is modified. Files are opened read-only with `O_NOATIME` where the kernel allows it
 //! (mapping a file for `mincore` would touch its atime), never followed through symbolic links, never waited for
 //! (`O_NONBLOCK`), and what turns out to be no regular file is let go at once. What it deliberately does not do:
-//! `FIEMAP_FLAG_SYNC` - a scan does not cause writes.
+//! `FIEMAP_FLAG_SYNC` on a file with dirty pages - a scan does not cause writes.
 
 use std::ffi::OsStr;
 use std::mem::MaybeUninit;
@@ -212,7 +212,7 @@ impl Os {
         let first = self.count_cached(fd, size)?;
         if facts.description.physical_identity && found.class.is_some() {
             let _turn = (facts.description.kind == "xfs").then(|| self.maps.pass());
-            read_map(fd, size, &mut found.extents)?;
+            read_map(fd, size, map_sync(facts, first), &mut found.extents)?;
         }
         let second = self.count_cached(fd, size)?;
         found.dirty_pages = match (first, second) {
@@ -286,10 +286,11 @@ fn attributes(fd: BorrowedFd<'_>, found: &mut Inspection) -> Result<Stat, FsErro
     Ok(stat)
 }
 
-/// Whether a file whose `st_dev` is not its directory's is on that file system all the same (a btrfs subvolume).
+/// Whether a file whose `st_dev` is not its directory's is on that file system all the same (a btrfs subvolume). A file
+/// of an overlay over that file system, mounted here, is not: its cache is another inode's.
 fn is_on(fd: BorrowedFd<'_>, facts: &FsFacts) -> bool {
     let of = |facts: &FsFacts| (facts.description.uuid, facts.description.instance);
-    fsid::describe(fd).is_ok_and(|found| of(&found) == of(facts))
+    fsid::describe(fd).is_ok_and(|found| found.overlay.is_none() && of(&found) == of(facts))
 }
 
 /// What must not change between two looks.
@@ -297,8 +298,21 @@ fn stamp(stat: &Stat) -> (i64, i64, u64, i64, u64) {
     (stat.st_size, stat.st_ctime, stat.st_ctime_nsec, stat.st_mtime, stat.st_mtime_nsec)
 }
 
-fn read_map(fd: BorrowedFd<'_>, size: u64, extents: &mut Vec<RawExtent>) -> Result<(), FsError> {
-    let read = read_extents(fd, size, MapSync::No, |e| {
+/// Whether the map must wait for write-back that is over for the cache and not yet for the map. btrfs ends a page's
+/// write-back before it inserts the new extent; only a synced map waits for that (`btrfs_fiemap`). It is asked of files
+/// that were just seen clean, so that it writes nothing but what somebody dirtied within the last microseconds.
+fn map_sync(facts: &FsFacts, first: Option<CacheStat>) -> MapSync {
+    let clean = first.is_some_and(|c| c.nr_dirty + c.nr_writeback == 0);
+    if clean && facts.description.kind == "btrfs" { MapSync::Yes } else { MapSync::No }
+}
+
+fn read_map(
+    fd: BorrowedFd<'_>,
+    size: u64,
+    sync: MapSync,
+    extents: &mut Vec<RawExtent>,
+) -> Result<(), FsError> {
+    let read = read_extents(fd, size, sync, |e| {
         let flags = ExtentFlags::from_bits_retain(e.flags);
         extents.push(RawExtent { logical: e.logical, physical: e.physical, length: e.length, flags });
     });

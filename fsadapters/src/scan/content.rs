@@ -47,9 +47,9 @@ pub(crate) fn read_content<S: FileSource>(
     let mut index = ContentIndex::default();
     let mut others = None;
     let mut unread = Vec::new();
-    for _ in 0..TRIES {
+    for tried in 1..=TRIES {
         unread = reader.run(plans, &mut index);
-        if unread.is_empty() || progress.is_cancelled() {
+        if unread.is_empty() || progress.is_cancelled() || tried == TRIES {
             break;
         }
         let others = others.get_or_insert_with(|| by_layout(map));
@@ -162,8 +162,8 @@ impl<S: FileSource> Pass<'_, S> {
             Cached::Partial(_) => self.collected.map.split_by_cache(mapping, &ranges),
             Cached::None | Cached::Unknown => (Vec::new(), ranges),
         };
-        let cached = bounded(cached).into_iter().map(|r| (r, true));
-        let others = bounded(others).into_iter().map(|r| (r, false));
+        let cached = bounded(cached).map(|r| (r, true));
+        let others = bounded(others).map(|r| (r, false));
         others
             .chain(cached)
             .map(move |(ranges, resident)| (Pending { mapping, ranges, shared_layout }, resident))
@@ -186,28 +186,26 @@ impl<S: FileSource> Pass<'_, S> {
     }
 }
 
-/// Cuts ranges into lists of at most [`READ_JOB_PAGES_MAX`] pages.
-fn bounded(ranges: Ranges) -> Vec<Ranges> {
-    let mut jobs = Vec::new();
-    let mut job: Ranges = Vec::new();
-    let mut room = READ_JOB_PAGES_MAX;
-    for (mut start, mut pages) in ranges {
-        while pages.0 > 0 {
+/// Cuts ranges into lists of at most [`READ_JOB_PAGES_MAX`] pages, one at a time: a file may have 2^51 of them.
+fn bounded(ranges: Ranges) -> impl Iterator<Item = Ranges> {
+    let mut rest = ranges.into_iter();
+    let mut open: Option<(PageIndex, PageCount)> = None;
+    std::iter::from_fn(move || {
+        let mut job: Ranges = Vec::new();
+        let mut room = READ_JOB_PAGES_MAX;
+        while room > 0 {
+            let Some((start, pages)) = open.take().or_else(|| rest.next()) else { break };
             let take = pages.0.min(room);
-            job.push((start, PageCount(take)));
-            start = start.plus(PageCount(take));
-            pages.0 -= take;
-            room -= take;
-            if room == 0 {
-                jobs.push(std::mem::take(&mut job));
-                room = READ_JOB_PAGES_MAX;
+            if take > 0 {
+                job.push((start, PageCount(take)));
             }
+            if pages.0 > take {
+                open = Some((start.plus(PageCount(take)), PageCount(pages.0 - take)));
+            }
+            room -= take;
         }
-    }
-    if !job.is_empty() {
-        jobs.push(job);
-    }
-    jobs
+        (!job.is_empty()).then_some(job)
+    })
 }
 
 #[cfg(test)]
@@ -221,12 +219,14 @@ mod tests {
             (PageIndex(9000), PageCount(1)),
             (PageIndex(9005), PageCount(9000)),
         ];
-        let jobs = bounded(ranges.clone());
+        let jobs: Vec<Ranges> = bounded(ranges.clone()).collect();
         let sum = |r: &Ranges| r.iter().map(|x| x.1.0).sum::<u64>();
         assert!(jobs.iter().all(|j| sum(j) <= READ_JOB_PAGES_MAX && !j.is_empty()));
         let pages =
             |all: &[Ranges]| -> Vec<u64> { all.iter().flatten().flat_map(|(s, n)| s.0..s.0 + n.0).collect() };
         assert_eq!(pages(&jobs), pages(&[ranges]));
-        assert_eq!(bounded(Vec::new()).len(), 0);
+        assert_eq!(bounded(Vec::new()).count(), 0);
+        let endless = vec![(PageIndex(0), PageCount(1 << 51))];
+        assert_eq!(bounded(endless).take(3).count(), 3, "without making the other 2^39 first");
     }
 }

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 /// The most entries a list keeps; a further line then says how many more there were.
 pub const NOTES_MAX: usize = 10_000;
 
+/// The most bytes of paths a list keeps: below a deep chain of directories each path is megabytes long.
+const NOTE_BYTES_MAX: usize = 16 << 20;
+
 /// A path and what is to be said of it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Note {
@@ -18,13 +21,16 @@ pub struct Note {
 #[derive(Debug, Default)]
 pub struct NoteList {
     notes: Vec<Note>,
+    bytes: usize,
     more: u64,
 }
 
 impl NoteList {
     /// Adds one, or only counts it when the list is full.
     pub fn add(&mut self, path: PathBuf, text: impl Into<String>) {
-        if self.notes.len() < NOTES_MAX {
+        let bytes = self.bytes + path.as_os_str().len();
+        if self.notes.len() < NOTES_MAX && bytes <= NOTE_BYTES_MAX {
+            self.bytes = bytes;
             self.notes.push(Note { path, text: text.into() });
         } else {
             self.more += 1;

@@ -1,7 +1,7 @@
 //! What a scan remembers of each file, in as few bytes as it can: 40 and the name.
 //!
-//! Paths are kept as (directory, name) and made only for what a report names. Names of all files lie in one buffer, a
-//! length byte before each (Linux names have at most 255 bytes).
+//! Paths are kept as (directory, name) and made only for what a report names. Names of all files lie in one buffer, the
+//! length before each (two bytes: vfat, ntfs and FUSE have names of more than 255 bytes).
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -72,26 +72,26 @@ impl DirTable {
     }
 }
 
-/// Names, each with a length byte before it.
+/// Names, each with its length before it.
 #[derive(Debug, Default)]
 pub(crate) struct NameBuffer {
     bytes: Vec<u8>,
 }
 
 impl NameBuffer {
-    /// Keeps `name`, at most 255 bytes of it, and returns where.
+    /// Keeps `name` and returns where. The kernel's own limit for a listed name is far below 64 KiB.
     pub fn add(&mut self, name: &OsStr) -> u64 {
-        let bytes = &name.as_bytes()[..name.len().min(255)];
+        let bytes = &name.as_bytes()[..name.len().min(usize::from(u16::MAX))];
         let at = self.bytes.len() as u64;
-        self.bytes.push(bytes.len() as u8);
+        self.bytes.extend_from_slice(&(bytes.len() as u16).to_le_bytes());
         self.bytes.extend_from_slice(bytes);
         at
     }
 
     pub fn get(&self, at: u64) -> &OsStr {
         let at = at as usize;
-        let len = self.bytes[at] as usize;
-        OsStr::from_bytes(&self.bytes[at + 1..at + 1 + len])
+        let len = usize::from(u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]]));
+        OsStr::from_bytes(&self.bytes[at + 2..at + 2 + len])
     }
 
     /// Appends all of `other`; what was at `x` there is at `x` plus the result here.

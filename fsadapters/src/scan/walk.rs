@@ -29,6 +29,25 @@ use crate::source::{
 /// Files of one directory that one worker looks at in one go; the rest is left for others.
 const FILES_PER_TASK: usize = 512;
 
+/// File systems whose files are made up when they are read (`/proc/kcore` is one of 128 TiB), some with side effects.
+const NO_PAGE_CACHE: [&str; 15] = [
+    "proc",
+    "sysfs",
+    "cgroup",
+    "cgroup2",
+    "debugfs",
+    "tracefs",
+    "securityfs",
+    "configfs",
+    "bpf",
+    "pstore",
+    "efivarfs",
+    "devpts",
+    "mqueue",
+    "fusectl",
+    "binfmt_misc",
+];
+
 /// What to walk and how.
 #[derive(Debug)]
 pub(crate) struct WalkPlan<'a> {
@@ -211,6 +230,11 @@ impl<'a, S: FileSource> Worker<'a, S> {
                 }
             },
         };
+        if NO_PAGE_CACHE.contains(&fs.description.kind.as_str()) {
+            let path = self.path_of(parent, root, name);
+            let text = format!("{}: shows kernel state, has no page cache", fs.description.kind);
+            return self.notes.skipped.add(path, text);
+        }
         // By file system, not by st_dev: a btrfs subvolume has its own st_dev on the same file system.
         if let Some(parent) = parent
             && shared.plan.one_file_system
