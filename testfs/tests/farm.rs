@@ -355,6 +355,42 @@ fn privileged_destroy_takes_only_what_the_farm_made() {
     assert!(dir.join("notes").exists());
 }
 
+/// Somebody ran a root with one of his own directories mounted in it, and forgot that.
+#[test]
+fn privileged_destroy_does_not_go_through_mounts() {
+    let rig = rig(RigFs::Xfs);
+    let spec = spec(rig.path().join("f"), synthetic(10));
+    make(&spec);
+    let precious = rig.path().join("precious");
+    let target = spec.dir.join("roots/root-0001/data");
+    for dir in [&precious, &target] {
+        std::fs::create_dir(dir).expect("new directory");
+    }
+    std::fs::write(precious.join("book"), b"kept").expect("write");
+    rustix::mount::mount_bind(&precious, &target).expect("bind mount");
+    let refused = farm::destroy(&spec.dir).expect_err("something is mounted").to_string();
+    let kept = std::fs::read(precious.join("book"));
+    rustix::mount::unmount(&target, rustix::mount::UnmountFlags::empty()).expect("unmount");
+    assert!(refused.contains("data") && refused.contains("unmount"), "{refused}");
+    assert_eq!(kept.expect("still there"), b"kept");
+    assert!(spec.dir.join(MANIFEST).exists(), "so that it can be destroyed later");
+    farm::destroy(&spec.dir).expect("destroyed");
+    assert!(!spec.dir.exists());
+    assert!(precious.join("book").exists());
+}
+
+/// An image may hold setuid programs, devices, and files that only their directory kept from others.
+#[test]
+fn privileged_nobody_else_reaches_into_a_farm() {
+    let rig = rig(RigFs::Xfs);
+    let spec = spec(rig.path().join("f"), synthetic(10));
+    make(&spec);
+    for name in ["image", "roots", MANIFEST] {
+        let mode = spec.dir.join(name).metadata().expect("there").mode();
+        assert_eq!(mode & 0o077, 0, "{name} has mode {mode:o}");
+    }
+}
+
 #[test]
 fn privileged_a_full_directory_and_bad_numbers_are_refused_untouched() {
     let rig = rig(RigFs::Xfs);
