@@ -106,7 +106,7 @@ fn real(args: &DemoArgs, stop: &Stop, mut rig: LoopRig) -> anyhow::Result<Exit> 
     let manifest = match farm::create(&spec, &|_| (), &stop.farm) {
         Ok(manifest) => manifest,
         Err(FarmError::Cancelled) => return interrupted(),
-        Err(error) => return Err(error).context("demo farm"),
+        Err(error) => anyhow::bail!("demo farm: {error}"),
     };
     // What writing left in the cache would blur the picture: containers read, they don't build their image.
     rig.remount().context("demo file system")?;

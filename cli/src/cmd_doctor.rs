@@ -5,6 +5,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::Args;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{ContentArrangement, Table};
@@ -32,6 +33,10 @@ pub struct DoctorArgs {
 
 /// Runs `pagefold doctor`.
 pub fn run(args: &DoctorArgs) -> anyhow::Result<Exit> {
+    // A path that is not there says nothing of the host.
+    for path in &args.paths {
+        std::fs::metadata(path).with_context(|| format!("doctor: {}", human::path(path)))?;
+    }
     let report = examine(&args.paths);
     let mut out = std::io::stdout().lock();
     match args.format {

@@ -6,7 +6,6 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pagefold_testfs::farm::{
@@ -36,6 +35,11 @@ enum FarmCommand {
 enum Fs {
     Xfs,
     Btrfs,
+}
+
+/// The error as one line. It tells its cause itself: as the head of a chain it would tell it twice.
+fn named(what: &str, error: &FarmError) -> anyhow::Error {
+    anyhow::anyhow!("farm {what}: {error}")
 }
 
 /// Arguments of `pagefold farm create`.
@@ -136,7 +140,7 @@ pub fn run(args: &FarmArgs) -> anyhow::Result<Exit> {
     match &args.command {
         FarmCommand::Create(args) => create(args),
         FarmCommand::Destroy(args) => {
-            farm::destroy(&args.dir).context("farm destroy")?;
+            farm::destroy(&args.dir).map_err(|e| named("destroy", &e))?;
             Ok(Exit::Done)
         }
     }
@@ -168,7 +172,7 @@ fn create(args: &CreateArgs) -> anyhow::Result<Exit> {
             eprintln!("pagefold: {error}");
             Ok(Exit::Refused)
         }
-        Err(error) => Err(error).context("farm create"),
+        Err(error) => Err(named("create", &error)),
     }
 }
 

@@ -27,7 +27,7 @@ pub use notes::{NOTES_MAX, Note};
 pub use progress::{Phase, Progress};
 pub use report::{Failure, RootReport, SCHEMA, ScanReport, Sizes, Skipped, TopDirectory, TopFile, path_text};
 
-use crate::source::{FileSource, ReadOptions};
+use crate::source::{FileSource, FsError, ReadOptions};
 use notes::Notes;
 use unique::Collected;
 
@@ -120,6 +120,16 @@ fn note_unknown_cache(roots: &[RootSpec], savings: &Savings, notes: &mut Notes) 
 
 type RootInodes = FxHashMap<crate::source::InodeId, RootId>;
 
+/// The error, and what to do about it where that is plain.
+fn root_failed(error: &FsError) -> String {
+    let advice = match error.source.kind() {
+        std::io::ErrorKind::NotADirectory => ": a root is a directory, give the one it is in",
+        std::io::ErrorKind::PermissionDenied => ": run as root, or as its owner",
+        _ => "",
+    };
+    format!("{error}{advice}")
+}
+
 /// The roots that can be opened and are not another name of an earlier one.
 fn distinct_roots<S: FileSource>(
     source: &S,
@@ -130,7 +140,7 @@ fn distinct_roots<S: FileSource>(
     let mut inodes = RootInodes::default();
     for root in given {
         match source.open_root(&root.path) {
-            Err(error) => notes.errors.add(root.path.clone(), error.to_string()),
+            Err(error) => notes.errors.add(root.path.clone(), root_failed(&error)),
             Ok(opened) => {
                 if let Some(first) = inodes.get(&opened.inode) {
                     let first = &roots[first.0 as usize];
