@@ -14,5 +14,7 @@ pub mod reader;
 pub mod reflink;
 pub mod residency;
 pub mod scan;
+pub mod sealed;
 pub mod source;
+pub mod store;
 mod turnstile;

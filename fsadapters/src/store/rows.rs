@@ -1,0 +1,100 @@
+//! What the index holds about each thing.
+//!
+//! Rows are written with `postcard` behind one byte of row version. Fields are only ever appended with a new row version
+//! (the upgrade rule stands in `docs/src/operations.md`).
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::key::{AnchorKey, ContentHash, ImageDigest, SealId, Signature};
+
+/// A domain: roots that may share with each other, and a data layer of their own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainRow {
+    /// Number in this store; names the directory below `anchors/`.
+    pub id: u32,
+    /// As the user gave it.
+    pub name: String,
+}
+
+/// An anchor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnchorRow {
+    /// Its number; the key is made from it.
+    pub serial: u64,
+    /// [`DomainRow::id`].
+    pub domain: u32,
+    /// Bytes.
+    pub size: u64,
+    /// Hint: extents when it was made or last proved. `None`: extents could not decide (inline, compressed, ...).
+    pub signature: Option<Signature>,
+    /// BLAKE3 of its bytes where they were read.
+    pub content: Option<ContentHash>,
+    /// Not a clone of ours but an immutable file of somebody (`--borrow`), given by absolute path: then the entry in the data
+    /// layer is a hard link to it.
+    pub borrowed: Option<PathBuf>,
+}
+
+/// A metadata image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRow {
+    /// [`DomainRow::id`]: images are per domain, for they name anchors.
+    pub domain: u32,
+    /// Size of the file in bytes.
+    pub bytes: u64,
+    /// Entries in it.
+    pub entries: u64,
+    /// Anchors that it names, ascending, each once.
+    pub anchors: Vec<AnchorKey>,
+}
+
+/// A sealed root.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootRow {
+    /// Its number.
+    pub id: SealId,
+    /// Absolute path of the raw root when it was sealed, without symbolic links.
+    pub path: PathBuf,
+    /// Short name, unique in the store; by default the last component of `path`, with a number where that is taken.
+    pub name: String,
+    /// [`DomainRow::id`].
+    pub domain: u32,
+    /// `st_dev` of the raw root when sealed. Changes with a reboot on btrfs: told, not relied on.
+    pub dev: u64,
+    /// Inode number of the raw root.
+    pub ino: u64,
+    /// Images from top to bottom. More than one: the upper ones hold what differs from the last.
+    pub layers: Vec<ImageDigest>,
+    /// Counts re-seals; each has a manifest and an upper of its own.
+    pub generation: u64,
+    /// When, in seconds since 1970.
+    pub sealed_at: i64,
+    /// Regular files (inodes).
+    pub files: u64,
+    /// All entries.
+    pub entries: u64,
+    /// Sum of sizes of the regular files' inodes, bytes.
+    pub bytes: u64,
+    /// Files whose data the view takes from anchors that some other root of the domain used already when this was sealed.
+    pub hits: u64,
+    /// Files that made a new anchor.
+    pub made: u64,
+    /// Files that were still being written when sealed (the last try took the state it found).
+    pub unsettled: u64,
+}
+
+/// A view that is meant to be mounted: what a reboot brings back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ViewRow {
+    /// Of which root.
+    pub root: SealId,
+    /// Where, absolute.
+    pub target: PathBuf,
+    /// Mounted read-only.
+    pub read_only: bool,
+    /// Id mapping as given to `--idmap`, empty without.
+    pub idmap: String,
+    /// When it was mounted, seconds since 1970.
+    pub mounted_at: i64,
+}
