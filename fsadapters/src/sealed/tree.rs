@@ -34,6 +34,9 @@ pub struct Entry {
     pub inode: InodeIndex,
 }
 
+/// An extended attribute: full name (`user.x`, `security.capability`, `system.posix_acl_access`, ...), value.
+pub type Xattr = (Box<[u8]>, Box<[u8]>);
+
 /// What a view shows of an inode.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Meta {
@@ -45,8 +48,8 @@ pub struct Meta {
     pub gid: u32,
     /// Modification time: seconds, nanoseconds.
     pub mtime: (i64, u32),
-    /// Full names (`user.x`, `security.capability`, `system.posix_acl_access`, ...) and values, ascending by name.
-    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+    /// Ascending by name, each once.
+    pub xattrs: Vec<Xattr>,
 }
 
 /// What the raw inode was when it was sealed: by this a later change is seen.
