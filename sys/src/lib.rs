@@ -11,6 +11,7 @@ pub mod identity;
 mod ioc;
 pub mod probe;
 pub mod reflink;
+pub mod shutdown;
 pub mod uring;
 
 use std::io;

@@ -18,6 +18,7 @@ use std::process::{Child, Command, Stdio};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
 mod base;
+mod crash;
 mod tools;
 
 pub(crate) use base::unmount;
@@ -220,7 +221,7 @@ fn spawn_watcher(home: &Path) -> Result<Child, RigError> {
     const SCRIPT: &str = r#"
         trap '' INT TERM HUP QUIT
         read -r word && [ "$word" = done ] && exit 0
-        umount "$1/mnt" 2>/dev/null || umount -l "$1/mnt" 2>/dev/null
+        umount -R "$1/mnt" 2>/dev/null || umount -Rl "$1/mnt" 2>/dev/null
         losetup -j "$1/backing.img" 2>/dev/null | cut -d: -f1 | while read -r dev; do losetup -d "$dev"; done
         rm -rf --one-file-system -- "$1"
     "#;

@@ -159,3 +159,18 @@ fn privileged_a_killed_owner_leaves_no_rig() {
 fn privileged_an_interrupted_owner_leaves_no_rig() {
     kill_an_owner_with("-INT");
 }
+
+#[test]
+fn privileged_a_power_cut_keeps_what_was_synced_and_only_that() {
+    for fs in [RigFs::Xfs, RigFs::Ext4, RigFs::Btrfs] {
+        let mut rig = rig(fs);
+        let (kept, lost) = (rig.path().join("kept"), rig.path().join("lost"));
+        std::fs::write(&kept, b"synced").expect("writable");
+        rustix::fs::syncfs(std::fs::File::open(rig.path()).expect("there")).expect("syncfs");
+        std::fs::write(&lost, b"never synced").expect("writable");
+        rig.cut_power().unwrap_or_else(|e| panic!("{fs:?}: {e}"));
+        assert_eq!(std::fs::read(&kept).expect("kept"), b"synced", "{fs:?}");
+        assert!(!std::fs::exists(&lost).expect("readable"), "{fs:?} lost nothing: that was no power cut");
+        std::fs::write(&lost, b"usable again").expect("writable");
+    }
+}

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use pagefold_fsadapters::mountinfo::{self, Mount};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::mount::UnmountFlags;
 
@@ -17,6 +18,7 @@ use super::{RigError, tools, try_lock};
 /// Names inside a rig's home; the watcher's script knows the first two as well.
 pub(super) const IMAGE: &str = "backing.img";
 pub(super) const MOUNT: &str = "mnt";
+pub(super) const IMAGE_COPY: &str = "backing.copy";
 const LOCK: &str = "owner.lock";
 const PREFIX: &str = "pagefold-rig-";
 
@@ -80,16 +82,26 @@ pub fn sweep(base: &Path) -> Result<(), RigError> {
 /// still mounted there is not ours to delete file by file.
 pub(super) fn dismantle(home: &Path) {
     let mount = home.join(MOUNT);
+    unmount_below(&mount);
     if unmount(&mount).is_err() {
         let _ = rustix::mount::unmount(&mount, UnmountFlags::DETACH);
     }
     let image = home.join(IMAGE);
     tools::detach_loops_of(&image);
     let _ = std::fs::remove_file(image);
+    let _ = std::fs::remove_file(home.join(IMAGE_COPY));
     // Plain rmdir: fails, rather than deletes, should anything still be mounted.
     let _ = std::fs::remove_dir(mount);
     let _ = std::fs::remove_file(home.join(LOCK));
     let _ = std::fs::remove_dir(home);
+}
+
+/// Unmounts, lazily, whatever is mounted below `path` (views, images, nested rigs), the last mounted first.
+pub(super) fn unmount_below(path: &Path) {
+    let below = |m: &Mount| m.mount_point.starts_with(path) && m.mount_point != path;
+    for mount in mountinfo::read().unwrap_or_default().iter().rev().filter(|m| below(m)) {
+        let _ = rustix::mount::unmount(&mount.mount_point, UnmountFlags::DETACH);
+    }
 }
 
 /// Unmounts what is mounted at `path`. Busy is tried again for a while: a process that another thread is just starting
