@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand};
 use crate::cmd_demo::DemoArgs;
 use crate::cmd_doctor::DoctorArgs;
 use crate::cmd_farm::FarmArgs;
+use crate::cmd_shell::{CompletionsArgs, ManArgs};
 use crate::scan_args::ScanArgs;
 
 /// Find page-cache pages that are the same and make them one again.
@@ -27,4 +28,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Make a small farm on a file system of its own, scan it, print the report, remove everything again.
     Demo(DemoArgs),
+    /// Write the shell's completions for this command to standard output.
+    Completions(CompletionsArgs),
+    /// Write man pages.
+    Man(ManArgs),
 }

@@ -7,6 +7,7 @@ mod args;
 mod cmd_demo;
 mod cmd_doctor;
 mod cmd_farm;
+mod cmd_shell;
 mod exit;
 mod format;
 mod human;
@@ -57,6 +58,8 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Farm(args) => cmd_farm::run(&args),
         Command::Doctor(args) => cmd_doctor::run(&args),
         Command::Demo(args) => cmd_demo::run(&args),
+        Command::Completions(args) => cmd_shell::completions(&args),
+        Command::Man(args) => cmd_shell::man(&args),
     }
 }
 
