@@ -4,6 +4,8 @@
 //! with the kernel is asserted at compile time; a safe function is harmless for any argument. What it deliberately does
 //! not do: policy. Nothing here decides what to read, share or skip.
 
+pub mod attr;
+pub mod btrfs;
 pub mod cache;
 pub mod fiemap;
 pub mod handle;

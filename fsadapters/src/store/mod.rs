@@ -18,8 +18,10 @@
 //! crash and goes at the next open; whatever it names is complete on disk. What it deliberately does not do: judge whether
 //! two files are equal. It remembers hints; `sealed` proves.
 
+mod crash;
 pub mod key;
 pub mod rows;
 
+pub use crash::{STEPS, step};
 pub use key::{AnchorKey, ContentHash, ImageDigest, SealId, Signature, StoreId};
 pub use rows::{AnchorRow, DomainRow, ImageRow, RootRow, ViewRow};
