@@ -20,6 +20,7 @@
 
 mod crash;
 pub mod key;
+pub mod manifest;
 pub mod rows;
 
 pub use crash::{STEPS, step};
