@@ -32,3 +32,4 @@ mod sweep;
 pub mod units;
 mod unstable;
 mod visit;
+pub mod whole;
