@@ -7,6 +7,7 @@
 
 pub mod doctor;
 pub mod fsid;
+pub mod memcg;
 pub mod mountinfo;
 pub mod os;
 pub mod overlay;

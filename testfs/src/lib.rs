@@ -4,6 +4,7 @@
 //! cannot tell the simulation from a kernel.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod check;
 pub mod conformance;
 pub mod farm;
