@@ -22,7 +22,7 @@ pub struct Cli {
 pub enum Command {
     /// Tell how much page cache directory trees waste on equal pages, and what merging would give back.
     Scan(ScanArgs),
-    /// Make and remove container farms: roots from one image with known differences, for tests and trials.
+    /// Make, remove and measure container farms: roots from one image with known differences.
     Farm(FarmArgs),
     /// Tell what this kernel, user and file system can do.
     Doctor(DoctorArgs),

@@ -1,4 +1,4 @@
-//! `pagefold farm`: container-farm fixtures, made and removed.
+//! `pagefold farm`: container-farm fixtures, made, removed, compared.
 //!
 //! What it deliberately does not hold: how a farm is made (see `pagefold_testfs::farm`).
 
@@ -13,6 +13,7 @@ use pagefold_testfs::farm::{
 };
 use pagefold_testfs::rig::RigError;
 
+use crate::cmd_farm_bench::{self, BenchArgs};
 use crate::exit::Exit;
 use crate::{human, interrupt};
 
@@ -29,6 +30,8 @@ enum FarmCommand {
     Create(CreateArgs),
     /// Remove a farm: only what its manifest says it made.
     Destroy(DestroyArgs),
+    /// Compare containers from raw roots, sealed views and one shared overlay lower: memory, start times, opens.
+    Bench(BenchArgs),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -143,6 +146,7 @@ pub fn run(args: &FarmArgs) -> anyhow::Result<Exit> {
             farm::destroy(&args.dir).map_err(|e| named("destroy", &e))?;
             Ok(Exit::Done)
         }
+        FarmCommand::Bench(args) => cmd_farm_bench::run(args),
     }
 }
 

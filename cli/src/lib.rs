@@ -7,6 +7,7 @@ mod args;
 mod cmd_demo;
 mod cmd_doctor;
 mod cmd_farm;
+mod cmd_farm_bench;
 mod cmd_shell;
 mod exit;
 mod format;

@@ -20,7 +20,9 @@ use crate::mountinfo;
 #[non_exhaustive]
 pub enum MemcgError {
     /// No hierarchy has a memory controller.
-    #[error("no memory controller here: the kernel needs CONFIG_MEMCG, and booting without cgroup_disable=memory")]
+    #[error(
+        "no memory controller here: the kernel needs CONFIG_MEMCG, and booting without cgroup_disable=memory"
+    )]
     NoController,
     /// The name can't be a group's.
     #[error("{name:?} is no name of a group: letters, digits, '-', '_' and '.', not beginning with '.'")]
@@ -97,8 +99,8 @@ impl Hierarchy {
     /// # Errors
     /// Mounts can't be read.
     pub fn mounted() -> Result<Option<Hierarchy>, MemcgError> {
-        let mounts = mountinfo::read()
-            .map_err(|e| MemcgError::io("read", Path::new("/proc/self/mountinfo"), e))?;
+        let mounts =
+            mountinfo::read().map_err(|e| MemcgError::io("read", Path::new("/proc/self/mountinfo"), e))?;
         let found = mounts.into_iter().find_map(|mount| {
             let version = match mount.kind.as_str() {
                 "cgroup2" if controls_memory(&mount.mount_point) => Version::V2,
@@ -310,7 +312,11 @@ impl Memcg {
                 return Ok(());
             }
             if started.elapsed() > patience {
-                return Err(MemcgError::io("empty", &self.path, io::Error::from(io::ErrorKind::ResourceBusy)));
+                return Err(MemcgError::io(
+                    "empty",
+                    &self.path,
+                    io::Error::from(io::ErrorKind::ResourceBusy),
+                ));
             }
             if self.version == Version::V1 || std::fs::write(self.path.join("cgroup.kill"), "1").is_err() {
                 for process in left {

@@ -82,7 +82,9 @@ fn panel(
         let series = chart.draw_series(boxes)?;
         if legend {
             let fill = color(arm.arm).filled();
-            series.label(arm.arm.name()).legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], fill));
+            series
+                .label(arm.arm.name())
+                .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], fill));
         }
         chart.draw_series(bars.iter().enumerate().map(|(group, (_, of))| {
             let left = group as f64 + 0.1 + n as f64 * width;
@@ -94,7 +96,11 @@ fn panel(
         EmptyElement::at((group as f64 + 0.1, 0.0)) + Text::new((*name).to_owned(), (2, 6), small.clone())
     }))?;
     if legend {
-        chart.configure_series_labels().position(SeriesLabelPosition::UpperRight).border_style(WHITE).draw()?;
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .border_style(WHITE)
+            .draw()?;
     }
     Ok(())
 }

@@ -55,9 +55,7 @@ impl Program {
             Program::Python => &["python3", "-c", PYTHON],
             Program::Node => &["node", "-e", NODE],
             Program::Nginx => &["nginx", "-e", "stderr", "-c", "/run/nginx.conf"],
-            Program::Redis => {
-                &["redis-server", "--port", "0", "--unixsocket", "/run/app.sock", "--save", ""]
-            }
+            Program::Redis => &["redis-server", "--port", "0", "--unixsocket", "/run/app.sock", "--save", ""],
         }
     }
 }

@@ -60,7 +60,8 @@ fn suite() -> String {
 }
 
 fn make(suite: &str, out: &Path, cancel: &AtomicBool) -> Result<(), BenchError> {
-    let mut said = tempfile::tempfile().map_err(|e| BenchError::io("create", Path::new("a temporary file"), e))?;
+    let mut said =
+        tempfile::tempfile().map_err(|e| BenchError::io("create", Path::new("a temporary file"), e))?;
     let stderr = said.try_clone().map_err(|e| BenchError::io("open", out, e))?;
     let started = Command::new("mmdebstrap")
         .args(["--variant=minbase", "--format=tar"])

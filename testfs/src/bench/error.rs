@@ -32,7 +32,9 @@ pub enum BenchError {
         source: io::Error,
     },
     /// The root of real programs could not be made.
-    #[error("mmdebstrap failed ({status}): {output}; apt's sources of this host are used, or give --image TAR")]
+    #[error(
+        "mmdebstrap failed ({status}): {output}; apt's sources of this host are used, or give --image TAR"
+    )]
     Debian {
         /// How it ended.
         status: String,

@@ -30,7 +30,10 @@ pub(super) fn drop_caches() -> Result<(), BenchError> {
 }
 
 /// The figures of running containers.
-pub(super) fn figures<'a>(groups: impl Iterator<Item = &'a Memcg>, slab_before: u64) -> Result<Figures, BenchError> {
+pub(super) fn figures<'a>(
+    groups: impl Iterator<Item = &'a Memcg>,
+    slab_before: u64,
+) -> Result<Figures, BenchError> {
     std::thread::sleep(STAT_INTERVAL);
     let (mut charge, mut pss_file) = (Charge::default(), 0);
     for group in groups {

@@ -162,7 +162,8 @@ impl Bench<'_> {
 
     fn make_roots(&self, image: ImageSpec) -> Result<Vec<PathBuf>, BenchError> {
         (self.step)("roots");
-        let kind = crate::rig::fs_kind(&self.place.dir).map_err(|e| BenchError::io("ask", &self.place.dir, e))?;
+        let kind =
+            crate::rig::fs_kind(&self.place.dir).map_err(|e| BenchError::io("ask", &self.place.dir, e))?;
         let count = self.spec.containers.max(self.spec.walk.unwrap_or(0));
         let spec = FarmSpec {
             image,
@@ -175,7 +176,11 @@ impl Bench<'_> {
             farm::FarmError::Cancelled => BenchError::Cancelled,
             e => BenchError::Farm(e),
         })?;
-        Ok(manifest.roots.iter().map(|root| spec.dir.join(farm::manifest::ROOTS_DIR).join(&root.name)).collect())
+        Ok(manifest
+            .roots
+            .iter()
+            .map(|root| spec.dir.join(farm::manifest::ROOTS_DIR).join(&root.name))
+            .collect())
     }
 
     fn seal(&self) -> Result<(Views, ViewCosts), BenchError> {
