@@ -14,6 +14,11 @@ compiler="cc:gcc"
 demo="$compiler mkfs.xfs:xfsprogs mount:mount losetup:mount"
 # fincore is the independent count of cached pages that the exactness tests compare with.
 test="$demo mkfs.btrfs:btrfs-progs btrfs:btrfs-progs mkfs.ext4:e2fsprogs fincore:util-linux-extra setpriv:util-linux"
+# What views are root file systems for, and what runs in them.
+test="$test busybox:busybox-static runc:runc crun:crun podman:podman systemd-nspawn:systemd-container"
+test="$test setfacl:acl setfattr:attr setcap:libcap2-bin chroot:coreutils unshare:util-linux"
+# program:version of crates that are programs: test suites
+crates="pjdfstest:0.2.2 fsx:0.3.2"
 
 case "${1:-}" in
     demo) wanted=$demo ;;
@@ -61,4 +66,14 @@ setup: not root. Tests named privileged_* make loopback file systems and fail wi
        All that need no root:     make test-unprivileged
 NOTE
     exit 1
+fi
+
+# Built once into the build directory: cargo leaves what is there alone.
+if [ "$1" = test ]; then
+    tools="${CARGO_TARGET_DIR:-target}/tools"
+    for pair in $crates; do
+        [ -x "$tools/bin/${pair%%:*}" ] && continue
+        echo "setup: building ${pair%%:*} ${pair##*:}"
+        cargo install --quiet --locked --root "$tools" --version "${pair##*:}" "${pair%%:*}"
+    done
 fi

@@ -13,6 +13,7 @@ mod exit;
 mod format;
 mod human;
 mod interrupt;
+mod mount_helper;
 mod progress_bar;
 mod scan_args;
 mod scan_table;
@@ -33,6 +34,16 @@ use format::Format;
 /// to stderr.
 #[must_use]
 pub fn run_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    if args.first().is_some_and(|name| mount_helper::is_helper(name)) {
+        args = match mount_helper::translate(&args[1..]) {
+            Ok(translated) => translated,
+            Err(told) => {
+                eprintln!("mount.pagefold: {told}");
+                return Exit::Error.into();
+            }
+        };
+    }
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {

@@ -4,6 +4,8 @@
 //! compute expected figures; each test states its own.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod view;
+
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsFd;
