@@ -15,5 +15,6 @@
 
 pub mod image;
 mod refuse;
+pub mod delta;
 pub mod tree;
 pub mod upper;
