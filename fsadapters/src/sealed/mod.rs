@@ -16,5 +16,6 @@
 pub mod delta;
 pub mod image;
 mod refuse;
+pub mod commit;
 pub mod tree;
 pub mod upper;
