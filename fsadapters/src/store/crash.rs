@@ -42,6 +42,17 @@ pub const STEPS: &[&str] = &[
     // Seal.
     // Mount, umount.
     // Commit.
+    "commit.begun",
+    "commit.dirs.made",
+    "commit.batch.built",
+    "commit.batch.durable",
+    "commit.exchanged",
+    "commit.taken.away",
+    "commit.name.changed",
+    "commit.files.placed",
+    "commit.names.gone",
+    "commit.dirs.finished",
+    "commit.synced",
     // Unseal, export.
 ];
 

@@ -67,8 +67,7 @@ impl Journal {
     /// Opens or makes the journal at `path`, readable by root only.
     pub fn open(path: &Path) -> io::Result<Journal> {
         use std::os::unix::fs::OpenOptionsExt;
-        let mut file =
-            OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)?;
+        let mut file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)?;
         let mut text = Vec::new();
         file.read_to_end(&mut text)?;
         let mut journal = Journal {

@@ -49,17 +49,15 @@ impl Judge<'_> {
     ) -> io::Result<Verdict> {
         let Some(held) = held else { return Ok(Verdict::Absent) };
         let look = held.look;
-        if let Some((meta, kind)) = wanted {
-            if self.is_same(held, meta, kind)? {
-                return Ok(Verdict::Wanted(look));
-            }
+        if let Some((meta, kind)) = wanted
+            && self.is_same(held, meta, kind)?
+        {
+            return Ok(Verdict::Wanted(look));
         }
-        if let Some(sealed) = sealed {
-            if is_untouched(&look, sealed)
-                || self.is_same(held, &sealed.meta, &Kind::sealed(&sealed.node))?
-            {
-                return Ok(Verdict::Sealed(look));
-            }
+        if let Some(sealed) = sealed
+            && (is_untouched(&look, sealed) || self.is_same(held, &sealed.meta, &Kind::sealed(&sealed.node))?)
+        {
+            return Ok(Verdict::Sealed(look));
         }
         let ours = self.journal.built.get(path).is_some_and(|all| all.iter().any(|b| b.is_still(&look)));
         Ok(if ours { Verdict::Ours(look) } else { Verdict::Foreign(look) })

@@ -112,7 +112,11 @@ pub struct Scene<'a> {
 ///
 /// # Errors
 /// [`CommitError`] when it ended early; conflicts and paths that could not be written are in the report instead.
-pub fn apply(scene: &Scene<'_>, on_conflict: OnConflict, progress: &Progress) -> Result<Applied, CommitError> {
+pub fn apply(
+    scene: &Scene<'_>,
+    on_conflict: OnConflict,
+    progress: &Progress,
+) -> Result<Applied, CommitError> {
     let children = state::Children::of(scene.sealed);
     let state = state::read(scene.view, scene.upper, scene.index, &children, progress)?;
     let path = scene.journal;

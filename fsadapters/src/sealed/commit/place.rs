@@ -159,7 +159,13 @@ impl<'a> Placer<'a> {
     }
 
     /// Another name, in `dir_path`, for what is at `from_name` of `from_dir`.
-    pub fn link(&mut self, from_dir: &[u8], from_name: &[u8], built: Look, dir_path: &[u8]) -> io::Result<Temp> {
+    pub fn link(
+        &mut self,
+        from_dir: &[u8],
+        from_name: &[u8],
+        built: Look,
+        dir_path: &[u8],
+    ) -> io::Result<Temp> {
         let (from, to) = (Rc::new(self.raw.dir(from_dir)?), self.dir(dir_path)?);
         let number = self.number();
         let name = temp_name(self.run, number);
@@ -267,7 +273,8 @@ impl Op {
     fn carry_out(&self, run: u64) -> io::Result<Outcome> {
         let temp = temp_name(run, self.temp);
         match &self.what {
-            What::Put { built: _, old: None } => match self.rename(&temp, &self.name, RenameFlags::NOREPLACE) {
+            What::Put { built: _, old: None } => match self.rename(&temp, &self.name, RenameFlags::NOREPLACE)
+            {
                 Ok(()) => Ok(Outcome::Created),
                 Err(Errno::EXIST) => {
                     self.abandon(run);
@@ -421,6 +428,10 @@ fn settle(
         return Ok(false);
     }
     rustix::fs::renameat_with(dir, temp, dir, name, RenameFlags::EXCHANGE)?;
-    rustix::fs::unlinkat(dir, temp, if built.is_some_and(|b| b.is_dir()) { AtFlags::REMOVEDIR } else { AtFlags::empty() })?;
+    rustix::fs::unlinkat(
+        dir,
+        temp,
+        if built.is_some_and(|b| b.is_dir()) { AtFlags::REMOVEDIR } else { AtFlags::empty() },
+    )?;
     Ok(true)
 }

@@ -54,7 +54,9 @@ impl Plan {
         let is_new = |e: usize| state.inode(e).kind.is_dir() && sealed_dir(e).is_none();
         let all_dirs = || (0..state.entries.len()).filter(|e| state.inode(*e).kind.is_dir());
         let dirs = all_dirs()
-            .filter(|&e| e != 0 && (is_new(e) || state.entries[e].in_upper || near.contains(&e) || touched(e)))
+            .filter(|&e| {
+                e != 0 && (is_new(e) || state.entries[e].in_upper || near.contains(&e) || touched(e))
+            })
             .collect();
         let metas = all_dirs()
             .filter(|&e| is_new(e) || state.entries[e].in_upper || near.contains(&e) || touched(e))
@@ -65,11 +67,6 @@ impl Plan {
         let mut stale: Vec<Vec<u8>> = journal.built.keys().filter(|p| !known(p)).cloned().collect();
         stale.sort_unstable();
         Plan { at, dirs, inodes, gone, stale, metas }
-    }
-
-    /// Whether the raw root's names and files are all as the view shows them; directories may still lack a time.
-    pub fn is_empty(&self) -> bool {
-        self.inodes.is_empty() && self.gone.is_empty() && self.stale.is_empty()
     }
 
     /// The record that has to be written before the first step.
@@ -83,7 +80,10 @@ impl Plan {
         for &inode in &self.inodes {
             state.inodes[inode].names.iter().for_each(|name| add(state.path(*name)));
         }
-        self.dirs.iter().filter(|e| self.at[**e].is_none_or(|id| tree.inode(id).node != Node::Dir)).for_each(|e| add(state.path(*e)));
+        self.dirs
+            .iter()
+            .filter(|e| self.at[**e].is_none_or(|id| tree.inode(id).node != Node::Dir))
+            .for_each(|e| add(state.path(*e)));
         self.gone.iter().for_each(|id| add(tree.path(*id)));
         self.stale.iter().for_each(|path| add(path.clone()));
         let metas = self.metas.iter().map(|e| (state.path(*e), meta_digest(&state.inode(*e).meta))).collect();

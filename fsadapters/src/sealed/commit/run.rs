@@ -64,7 +64,7 @@ impl Run<'_> {
             self.check_cancel()?;
             let path = self.state.path(entry);
             let result = self.ensure_dir(&mut placer, entry, &path);
-            self.note(path, result)?;
+            self.note(&path, result)?;
         }
         step("commit.dirs.made");
         let mut late = Vec::new();
@@ -72,7 +72,7 @@ impl Run<'_> {
             self.check_cancel()?;
             let path = self.state.path(self.state.inodes[inode].names[0]);
             let result = self.put_inode(&mut placer, inode, &mut late);
-            self.note(path, result)?;
+            self.note(&path, result)?;
             self.flush(&mut placer, BATCH)?;
         }
         self.flush(&mut placer, 1)?;
@@ -82,7 +82,7 @@ impl Run<'_> {
         for target in late {
             let result = self.put_targets(&mut placer, self.state.entries[target.entry].inode, vec![target]);
             let path = Vec::new();
-            self.note(path, result)?;
+            self.note(&path, result)?;
         }
         self.flush(&mut placer, 1)?;
         self.done.shared_bytes = placer.shared_bytes;
@@ -91,7 +91,7 @@ impl Run<'_> {
         for &entry in self.plan.metas.iter().rev() {
             let path = self.state.path(entry);
             let result = self.finish_dir(entry, &path);
-            self.note(path, result)?;
+            self.note(&path, result)?;
         }
         step("commit.dirs.finished");
         rustix::fs::syncfs(self.raw.as_fd()).map_err(|e| at_path("sync", b"", e.into()))?;
@@ -104,12 +104,12 @@ impl Run<'_> {
     }
 
     /// An error concerns one path and is reported, unless there is no point in going on.
-    fn note(&mut self, path: Vec<u8>, result: io::Result<()>) -> Result<(), CommitError> {
+    fn note(&mut self, path: &[u8], result: io::Result<()>) -> Result<(), CommitError> {
         match result {
             Ok(()) => Ok(()),
-            Err(e) if is_fatal(&e) => Err(at_path("commit", &path, e)),
+            Err(e) if is_fatal(&e) => Err(at_path("commit", path, e)),
             Err(e) => {
-                self.done.errors.push((shown_path(&path), e.to_string()));
+                self.done.errors.push((shown_path(path), e.to_string()));
                 Ok(())
             }
         }
@@ -283,8 +283,8 @@ impl Run<'_> {
             let here = |t: &&Target| matches!(t.verdict, Verdict::Wanted(l) if l.ino == look.ino);
             let found = targets.iter().filter(here).count();
             let sealed = self.sealed_at(target.entry);
-            let same_as_sealed = sealed.is_some_and(|s| s.raw.ino == look.ino && s.raw.links == look.links)
-                && found == names;
+            let same_as_sealed =
+                sealed.is_some_and(|s| s.raw.ino == look.ino && s.raw.links == look.links) && found == names;
             if found == look.links as usize || same_as_sealed && self.links_of(target.entry) == names {
                 return Ok(Some((target.path.clone(), look)));
             }
@@ -307,7 +307,7 @@ impl Run<'_> {
         let outcomes = placer.flush(self.journal).map_err(|e| at_path("commit", b"", e))?;
         for (path, outcome) in outcomes {
             let result = self.settle(&path, outcome);
-            self.note(path, result)?;
+            self.note(&path, result)?;
         }
         Ok(())
     }
@@ -328,13 +328,13 @@ impl Run<'_> {
         let mut dirs = Vec::new();
         for path in self.plan.stale.iter().rev() {
             let result = self.remove_name(placer, path, None, &mut dirs);
-            self.note(path.clone(), result)?;
+            self.note(path, result)?;
         }
         for id in self.plan.gone.iter().rev() {
             self.check_cancel()?;
             let path = self.tree.path(*id);
             let result = self.remove_name(placer, &path, Some(self.tree.inode(*id)), &mut dirs);
-            self.note(path, result)?;
+            self.note(&path, result)?;
             self.flush(placer, BATCH)?;
         }
         self.flush(placer, 1)?;
@@ -342,7 +342,7 @@ impl Run<'_> {
         dirs.sort_unstable_by_key(|(path, _): &(Vec<u8>, _)| std::cmp::Reverse(path.len()));
         for (path, sealed) in dirs {
             let result = self.remove_dir(&path, sealed);
-            self.note(path, result)?;
+            self.note(&path, result)?;
         }
         Ok(())
     }
@@ -423,7 +423,8 @@ impl Run<'_> {
             return if now.mtime == want.mtime { Ok(()) } else { held.set_mtime(want.mtime) };
         }
         let sealed = self.sealed_at(entry).filter(|s| s.node == Node::Dir).map(|s| s.meta.clone());
-        let is = |meta: &Option<Meta>, other: &Meta| meta.as_ref().is_some_and(|m| digest(m) == digest(other));
+        let is =
+            |meta: &Option<Meta>, other: &Meta| meta.as_ref().is_some_and(|m| digest(m) == digest(other));
         if is(&sealed, &now) || self.journal.gave(path, &now) || self.on_conflict == OnConflict::TakeView {
             self.done.dirs_changed += 1;
             return held.apply(want);

@@ -186,7 +186,7 @@ pub fn read(
             return Err(CommitError::Cancelled);
         }
         let found =
-            if dir.in_upper { reader.merged(&dir) } else { reader.untouched(&dir).map_err(Into::into) };
+            if dir.in_upper { reader.merged(&dir) } else { reader.untouched(&dir) };
         dirs.append(&mut found.map_err(|e| at_path("read", &dir.path, e))?);
     }
     Ok(reader.state)
@@ -219,12 +219,8 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn root(&mut self) -> io::Result<Todo> {
         let held = Held::open(self.view.as_fd(), b".")?.ok_or(io::ErrorKind::NotFound)?;
-        let inode = ShownInode {
-            meta: held.meta()?,
-            kind: Kind::Other(Node::Dir),
-            names: vec![0],
-            untouched: None,
-        };
+        let inode =
+            ShownInode { meta: held.meta()?, kind: Kind::Other(Node::Dir), names: vec![0], untouched: None };
         self.state.inodes.push(inode);
         self.state.entries.push(Shown { parent: 0, name: Box::default(), inode: 0, in_upper: true });
         Ok(Todo { entry: 0, path: Vec::new(), sealed: Some(EntryId(0)), in_upper: true })
@@ -383,11 +379,7 @@ impl Reader<'_> {
 
 /// What the index has of a sealed hard link, if it was ever copied up: the entry's name is the handle of its origin, and
 /// that is how overlayfs names the file itself (`struct ovl_fh` behind three bytes of padding).
-fn find_indexed(
-    dir: BorrowedFd<'_>,
-    name: &[u8],
-    index: &Below,
-) -> io::Result<Option<(Vec<u8>, Held)>> {
+fn find_indexed(dir: BorrowedFd<'_>, name: &[u8], index: &Below) -> io::Result<Option<(Vec<u8>, Held)>> {
     const OVL_FILEID_V1: i32 = 0xf8;
     let c_name = CString::new(name).map_err(|_| io::ErrorKind::InvalidInput)?;
     let handle = pagefold_sys::handle::name_to_handle(dir, &c_name)?;
