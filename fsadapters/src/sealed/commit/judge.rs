@@ -55,7 +55,8 @@ impl Judge<'_> {
             return Ok(Verdict::Wanted(look));
         }
         if let Some(sealed) = sealed
-            && (is_untouched(&look, sealed) || self.is_same(held, &sealed.meta, &Kind::sealed(&sealed.node))?)
+            && (is_untouched(&look, sealed)
+                || self.is_same(held, &sealed.meta, &Kind::sealed(&sealed.node))?)
         {
             return Ok(Verdict::Sealed(look));
         }

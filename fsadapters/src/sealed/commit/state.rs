@@ -185,8 +185,7 @@ pub fn read(
         if progress.is_cancelled() {
             return Err(CommitError::Cancelled);
         }
-        let found =
-            if dir.in_upper { reader.merged(&dir) } else { reader.untouched(&dir) };
+        let found = if dir.in_upper { reader.merged(&dir) } else { reader.untouched(&dir) };
         dirs.append(&mut found.map_err(|e| at_path("read", &dir.path, e))?);
     }
     Ok(reader.state)
