@@ -133,6 +133,13 @@ pub fn mount_id(fd: BorrowedFd<'_>) -> Option<u64> {
     StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::MNT_ID).then_some(stat.stx_mnt_id)
 }
 
+/// The UUID of the file system that an open file or directory is on; `None` where it has none (overlayfs, tmpfs, ...).
+#[must_use]
+pub fn uuid(file: BorrowedFd<'_>) -> Option<[u8; 16]> {
+    let magic = rustix::fs::fstatfs(file).ok()?.f_type as u32;
+    uuid_of(file, magic, identity::xfs_geometry(file).ok().map(|g| g.uuid))
+}
+
 fn uuid_of(dir: BorrowedFd<'_>, magic: u32, xfs: Option<[u8; 16]>) -> Option<[u8; 16]> {
     let announced = identity::fs_uuid(dir).ok().flatten();
     announced.or_else(|| match magic {

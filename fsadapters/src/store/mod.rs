@@ -4,12 +4,13 @@
 //! ```text
 //! <store>/                     0700, owned by root; on btrfs a subvolume of its own
 //!   FORMAT                     what this is and which version, for people and for the first check
+//!   commits                    number of the index's last commit: an index that went back in time is seen
 //!   lock                       one process at a time
 //!   index.redb                 the index: what is not in it was never published
 //!   anchors/<domain>/xx/<62>   the domain's data-only layer; a file is named by its key in hex, 0400 and immutable
 //!   images/<digest>.erofs      metadata images, named by the BLAKE3 of their bytes
-//!   roots/<id>/upper, work     the writable layer of a root's view
-//!   roots/<id>/manifest        the root as it was sealed
+//!   roots/<id>/g<n>/upper, work   the writable layer of the n-th generation of a root's view
+//!   roots/<id>/g<n>/manifest      the root as it was sealed then
 //!   mounts/<digest>/           where an image is mounted while a view uses it
 //!   tmp/                       things being built; emptied at open
 //! ```
@@ -18,11 +19,34 @@
 //! crash and goes at the next open; whatever it names is complete on disk. What it deliberately does not do: judge whether
 //! two files are equal. It remembers hints; `sealed` proves.
 
+mod backend;
+mod build;
+mod codec;
 mod crash;
+mod error;
+mod index;
 pub mod key;
+mod lock;
+mod lookup;
 pub mod manifest;
+mod open;
+mod place;
+mod publish;
+mod recovery;
+mod remove;
 pub mod rows;
 
+pub use build::{Build, NewAnchor, Publication};
 pub use crash::{STEPS, step};
+pub use error::StoreError;
 pub use key::{AnchorKey, ContentHash, ImageDigest, SealId, Signature, StoreId};
+pub use lock::LOCK_PATIENCE;
+pub use lookup::Lookup;
+pub use open::{OpenMode, Store};
 pub use rows::{AnchorRow, DomainRow, ImageRow, RootRow, ViewRow};
+
+/// Seconds since 1970.
+fn now() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX))
+}

@@ -33,6 +33,7 @@ pub struct AnchorRow {
     pub content: Option<ContentHash>,
     /// Not a clone of ours but an immutable file of somebody (`--borrow`), given by absolute path: then the entry in the data
     /// layer is a hard link to it.
+    #[serde(with = "path_bytes::optional")]
     pub borrowed: Option<PathBuf>,
 }
 
@@ -55,6 +56,7 @@ pub struct RootRow {
     /// Its number.
     pub id: SealId,
     /// Absolute path of the raw root when it was sealed, without symbolic links.
+    #[serde(with = "path_bytes")]
     pub path: PathBuf,
     /// Short name, unique in the store; by default the last component of `path`, with a number where that is taken.
     pub name: String,
@@ -90,6 +92,7 @@ pub struct ViewRow {
     /// Of which root.
     pub root: SealId,
     /// Where, absolute.
+    #[serde(with = "path_bytes")]
     pub target: PathBuf,
     /// Mounted read-only.
     pub read_only: bool,
@@ -97,4 +100,35 @@ pub struct ViewRow {
     pub idmap: String,
     /// When it was mounted, seconds since 1970.
     pub mounted_at: i64,
+}
+
+/// Paths as bytes: serde's own way refuses those that are no UTF-8.
+mod path_bytes {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+        path.as_os_str().as_bytes().serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+        Ok(OsString::from_vec(Vec::deserialize(from)?).into())
+    }
+
+    pub mod optional {
+        use super::{
+            Deserialize, Deserializer, OsStrExt, OsString, OsStringExt, PathBuf, Serialize, Serializer,
+        };
+
+        pub fn serialize<S: Serializer>(path: &Option<PathBuf>, to: S) -> Result<S::Ok, S::Error> {
+            path.as_ref().map(|p| p.as_os_str().as_bytes()).serialize(to)
+        }
+
+        pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<PathBuf>, D::Error> {
+            Ok(Option::<Vec<u8>>::deserialize(from)?.map(|bytes| OsString::from_vec(bytes).into()))
+        }
+    }
 }

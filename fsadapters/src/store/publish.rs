@@ -1,0 +1,243 @@
+//! Publication: check, sync, one commit, and the marks of the unpublished go.
+//!
+//! Invariant: the commit names only what is complete on disk and consistent in itself: anchors of this store and domain, images whose
+//! anchors are all known, roots whose images are all known. What it deliberately does not do: look at bytes.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+
+use redb::ReadableTable;
+use rustix::fs::AtFlags;
+
+use super::build::{Build, Publication, UNPUBLISHED, locked};
+use super::codec::encode;
+use super::crash::step;
+use super::error::StoreError;
+use super::index::{
+    ANCHORS, BUILDING, BY_CONTENT, BY_EXTENTS, Bytes, GENERATIONS, GRAVES, Generation, Grave, IMAGES, ROOTS,
+    StoredImage, Txn, content_key, extents_key,
+};
+use super::key::{AnchorKey, ImageDigest};
+use super::open::root_name;
+use super::rows::{AnchorRow, ImageRow, RootRow};
+
+pub(super) fn publish(build: &Build<'_>, publication: &Publication) -> Result<(), StoreError> {
+    let store = build.store;
+    check(build, publication)?;
+    rustix::io::retry_on_intr(|| rustix::fs::syncfs(&store.fd))
+        .map_err(|e| StoreError::io("sync the file system of", &store.dir, e))?;
+    step("store.publish.synced");
+    // Held over the commit: nobody takes a number from a reservation that this commit ends.
+    let mut reservation = locked(&store.reservation);
+    let settled = store.builds.load(Ordering::SeqCst) == 1 && build.open.load(Ordering::SeqCst) == 0 && {
+        let finished = locked(&build.finished);
+        let published = publication.anchors.iter().filter(|(key, _)| finished.contains(key)).count();
+        published == finished.len()
+    };
+    let ended = if settled { std::mem::take(&mut *reservation).rows } else { Vec::new() };
+    build.tried.store(true, Ordering::SeqCst);
+    let result = store.index.write(|txn| {
+        put_anchors(txn, publication)?;
+        put_images(build, txn, publication)?;
+        put_roots(txn, publication)?;
+        for first in &ended {
+            txn.remove(BUILDING, first)?;
+        }
+        Ok(())
+    });
+    drop(reservation);
+    result?;
+    build.tried.store(false, Ordering::SeqCst);
+    step("store.publish.committed");
+    let mut finished = locked(&build.finished);
+    for (key, _) in &publication.anchors {
+        finished.remove(key);
+    }
+    drop(finished);
+    let mut roots = locked(&build.roots);
+    for root in &publication.roots {
+        roots.remove(&(root.id, root.generation));
+        let mark = format!("{}/{UNPUBLISHED}", root_name(root.id, root.generation));
+        // Left behind it is no harm: the index says that the directory is published.
+        let _ = rustix::fs::unlinkat(&store.fd, &mark, AtFlags::empty());
+    }
+    step("store.publish.done");
+    Ok(())
+}
+
+/// What can be told without the index.
+fn check(build: &Build<'_>, publication: &Publication) -> Result<(), StoreError> {
+    let domain = build.domain.id;
+    let wrong = |what: String| Err(StoreError::Inconsistent(what));
+    for (key, row) in &publication.anchors {
+        if *key != AnchorKey::of(build.store.id(), row.serial) {
+            return wrong(format!("anchor {key} is not number {}", row.serial));
+        }
+        if row.domain != domain {
+            return wrong(format!("anchor {key} is of domain {}, not {domain}", row.domain));
+        }
+    }
+    for (digest, row) in &publication.images {
+        if row.domain != domain {
+            return wrong(format!("image {digest} is of domain {}, not {domain}", row.domain));
+        }
+        if row.anchors.windows(2).any(|w| w[0] >= w[1]) {
+            return wrong(format!("the anchors of image {digest} are not ascending"));
+        }
+    }
+    for root in &publication.roots {
+        if root.domain != domain {
+            return wrong(format!("root {} is of domain {}, not {domain}", root.id, root.domain));
+        }
+        build.store.check_root_path(&root.path)?;
+    }
+    Ok(())
+}
+
+fn put_anchors(txn: &Txn<'_>, publication: &Publication) -> Result<(), StoreError> {
+    let mut anchors = txn.table(ANCHORS)?;
+    for (key, row) in &publication.anchors {
+        let old = anchors.insert(&key.0, &encode(row)[..]).map_err(|e| txn.error(e))?;
+        let old: Option<AnchorRow> = old.map(|guard| txn.decoded(guard.value())).transpose()?;
+        if let Some(old) = old.filter(|old| (old.signature, old.content) != (row.signature, row.content)) {
+            forget_hints(txn, key, &old)?;
+        }
+    }
+    let mut by_extents = txn.table(BY_EXTENTS)?;
+    let mut by_content = txn.table(BY_CONTENT)?;
+    for (key, row) in &publication.anchors {
+        if let Some(signature) = &row.signature {
+            let hint = extents_key(row.domain, row.size, &signature.0);
+            let first = by_extents.get(&hint).map_err(|e| txn.error(e))?.map(|g| AnchorKey(*g.value()));
+            let keep = |row: &AnchorRow| row.signature.as_ref() == Some(signature);
+            if !still_good(txn, &anchors, first, key, keep)? {
+                by_extents.insert(&hint, &key.0).map_err(|e| txn.error(e))?;
+            }
+        }
+        if let Some(content) = &row.content {
+            let hint = content_key(row.domain, row.size, &content.0);
+            let first = by_content.get(&hint).map_err(|e| txn.error(e))?.map(|g| AnchorKey(*g.value()));
+            let keep = |row: &AnchorRow| row.content.as_ref() == Some(content);
+            if !still_good(txn, &anchors, first, key, keep)? {
+                by_content.insert(&hint, &key.0).map_err(|e| txn.error(e))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Of two anchors with one hint the older keeps it, if it still says the same of itself: it has more sharers.
+fn still_good(
+    txn: &Txn<'_>,
+    anchors: &impl ReadableTable<&'static [u8; 32], Bytes>,
+    first: Option<AnchorKey>,
+    new: &AnchorKey,
+    keep: impl Fn(&AnchorRow) -> bool,
+) -> Result<bool, StoreError> {
+    let Some(first) = first.filter(|first| first != new) else { return Ok(false) };
+    match anchors.get(&first.0).map_err(|e| txn.error(e))? {
+        Some(guard) => Ok(keep(&txn.decoded(guard.value())?)),
+        None => Ok(false),
+    }
+}
+
+/// Takes back the hints that lead to `key`.
+pub(super) fn forget_hints(txn: &Txn<'_>, key: &AnchorKey, row: &AnchorRow) -> Result<(), StoreError> {
+    if let Some(signature) = &row.signature {
+        let mut table = txn.table(BY_EXTENTS)?;
+        let hint = extents_key(row.domain, row.size, &signature.0);
+        let leads_here = table.get(&hint).map_err(|e| txn.error(e))?.is_some_and(|g| *g.value() == key.0);
+        if leads_here {
+            table.remove(&hint).map_err(|e| txn.error(e))?;
+        }
+    }
+    if let Some(content) = &row.content {
+        let mut table = txn.table(BY_CONTENT)?;
+        let hint = content_key(row.domain, row.size, &content.0);
+        let leads_here = table.get(&hint).map_err(|e| txn.error(e))?.is_some_and(|g| *g.value() == key.0);
+        if leads_here {
+            table.remove(&hint).map_err(|e| txn.error(e))?;
+        }
+    }
+    Ok(())
+}
+
+fn put_images(build: &Build<'_>, txn: &Txn<'_>, publication: &Publication) -> Result<(), StoreError> {
+    let anchors = txn.table(ANCHORS)?;
+    let mut images = txn.table(IMAGES)?;
+    let mut graves = txn.table(GRAVES)?;
+    let new: BTreeMap<AnchorKey, u64> = publication.anchors.iter().map(|(k, r)| (*k, r.serial)).collect();
+    for (digest, row) in &publication.images {
+        // It may have been on its way out.
+        let grave = encode(&Grave::Image(*digest));
+        graves.remove(&grave[..]).map_err(|e| txn.error(e))?;
+        if images.get(&digest.0).map_err(|e| txn.error(e))?.is_some() {
+            continue;
+        }
+        let stored = stored_image(build, txn, &anchors, &new, digest, row)?;
+        images.insert(&digest.0, &encode(&stored)[..]).map_err(|e| txn.error(e))?;
+    }
+    Ok(())
+}
+
+fn stored_image(
+    build: &Build<'_>,
+    txn: &Txn<'_>,
+    anchors: &impl ReadableTable<&'static [u8; 32], Bytes>,
+    new: &BTreeMap<AnchorKey, u64>,
+    digest: &ImageDigest,
+    row: &ImageRow,
+) -> Result<StoredImage, StoreError> {
+    let mut serials = Vec::with_capacity(row.anchors.len());
+    for key in &row.anchors {
+        if let Some(serial) = new.get(key) {
+            serials.push(*serial);
+            continue;
+        }
+        let found = anchors.get(&key.0).map_err(|e| txn.error(e))?;
+        let known: Option<AnchorRow> = found.map(|guard| txn.decoded(guard.value())).transpose()?;
+        match known {
+            Some(anchor) if anchor.domain == build.domain.id => serials.push(anchor.serial),
+            Some(anchor) => {
+                let what = format!("image {digest} names anchor {key} of domain {}", anchor.domain);
+                return Err(StoreError::Inconsistent(what));
+            }
+            None => {
+                return Err(StoreError::Inconsistent(format!(
+                    "image {digest} names the unknown anchor {key}"
+                )));
+            }
+        }
+    }
+    Ok(StoredImage::new(row.domain, row.bytes, row.entries, serials))
+}
+
+fn put_roots(txn: &Txn<'_>, publication: &Publication) -> Result<(), StoreError> {
+    if publication.roots.is_empty() {
+        return Ok(());
+    }
+    let mut names: BTreeMap<String, _> =
+        txn.rows::<_, RootRow>(ROOTS)?.into_iter().map(|root| (root.name, root.id)).collect();
+    for root in &publication.roots {
+        {
+            let images = txn.table(IMAGES)?;
+            for layer in &root.layers {
+                let found = images.get(&layer.0).map_err(|e| txn.error(e))?;
+                let image: Option<StoredImage> = found.map(|g| txn.decoded(g.value())).transpose()?;
+                if image.is_none_or(|image| image.domain != root.domain) {
+                    let what = format!("root {} names the image {layer}, unknown in its domain", root.id);
+                    return Err(StoreError::Inconsistent(what));
+                }
+            }
+        }
+        names.retain(|_, id| *id != root.id);
+        if names.insert(root.name.clone(), root.id).is_some() {
+            let why = "another root of the store has it";
+            return Err(StoreError::BadName { what: "root", name: root.name.clone(), why });
+        }
+        txn.put(ROOTS, root.id.0, root)?;
+        let generation = Generation { domain: root.domain, layers: root.layers.clone() };
+        txn.put(GENERATIONS, (root.id.0, root.generation), &generation)?;
+    }
+    Ok(())
+}

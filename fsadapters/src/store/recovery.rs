@@ -1,0 +1,169 @@
+//! What a crash left behind goes at the next open.
+//!
+//! Invariant: only what is known never to have been published, or to have been given up by a commit, is removed: by reserved number, by
+//! mark, by grave. What can't be told is left alone and named by `verify`. A crash in here is fine: the next open starts over. What it
+//! deliberately does not do: run before the index has been believed.
+
+use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt;
+
+use rustix::fs::{AtFlags, Dir, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::build::is_unpublished;
+use super::crash::step;
+use super::error::StoreError;
+use super::index::{ANCHORS, BUILDING, DOMAINS, GENERATIONS, IMAGES};
+use super::key::{AnchorKey, ImageDigest, SealId};
+use super::open::{Store, anchor_name, root_name};
+use super::remove::{remove_tree, unlink_immutable};
+use super::rows::DomainRow;
+
+pub(super) fn recover(store: &Store) -> Result<(), StoreError> {
+    store.empty_graves()?;
+    step("store.recover.graves");
+    drop_orphaned_anchors(store)?;
+    step("store.recover.anchors");
+    empty_tmp(store)?;
+    drop_orphaned_images(store)?;
+    step("store.recover.images");
+    drop_unpublished_roots(store)?;
+    step("store.recover.roots");
+    Ok(())
+}
+
+/// Files with reserved numbers that no row names.
+fn drop_orphaned_anchors(store: &Store) -> Result<(), StoreError> {
+    let snapshot = store.snapshot()?;
+    let mut ranges = Vec::new();
+    snapshot.each(BUILDING, |first, end| {
+        ranges.push((first, end));
+        Ok(())
+    })?;
+    if ranges.is_empty() {
+        return Ok(());
+    }
+    let domains: Vec<DomainRow> = snapshot.rows(DOMAINS)?;
+    let anchors = snapshot.table(ANCHORS)?;
+    let damaged = |detail: String| StoreError::Damaged { path: store.dir.clone(), detail };
+    for (first, end) in &ranges {
+        if end.checked_sub(*first).is_none_or(|n| n > 1 << 24) {
+            return Err(damaged(format!("a reservation from {first} to {end}")));
+        }
+        for serial in *first..*end {
+            let key = AnchorKey::of(store.id(), serial);
+            let named = match &anchors {
+                Some(table) => table.get(&key.0).map_err(|e| damaged(e.to_string()))?.is_some(),
+                None => false,
+            };
+            if named {
+                continue;
+            }
+            for domain in &domains {
+                let name = anchor_name(domain.id, &key);
+                match unlink_orphan(store, &name) {
+                    Ok(()) | Err(Errno::NOENT) => {}
+                    Err(e) => return Err(StoreError::io("remove", &store.dir.join(name), e)),
+                }
+            }
+        }
+    }
+    drop(snapshot);
+    rustix::fs::syncfs(&store.fd).map_err(|e| StoreError::io("sync the file system of", &store.dir, e))?;
+    store.index.write(|txn| {
+        for (first, _) in &ranges {
+            txn.remove(BUILDING, first)?;
+        }
+        Ok(())
+    })
+}
+
+/// An orphan may be a borrowed file's link, which is not ours to change: only its name goes.
+fn unlink_orphan(store: &Store, name: &str) -> Result<(), Errno> {
+    unlink_immutable(&store.fd, name)
+}
+
+fn entries(store: &Store, name: &str) -> Result<Vec<Vec<u8>>, StoreError> {
+    let io = |e: Errno| StoreError::io("list", &store.dir.join(name), e);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::openat(&store.fd, name, flags, Mode::empty()).map_err(io)?;
+    let mut names = Vec::new();
+    for entry in Dir::new(fd).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let name = entry.file_name().to_bytes();
+        if !matches!(name, b"." | b"..") {
+            names.push(name.to_vec());
+        }
+    }
+    Ok(names)
+}
+
+fn empty_tmp(store: &Store) -> Result<(), StoreError> {
+    for name in entries(store, "tmp")? {
+        let Ok(name) = String::from_utf8(name) else { continue };
+        let name = format!("tmp/{name}");
+        match unlink_immutable(&store.fd, &name) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(Errno::ISDIR | Errno::PERM) => remove_tree(store, &name)?,
+            Err(e) => return Err(StoreError::io("remove", &store.dir.join(name), e)),
+        }
+    }
+    Ok(())
+}
+
+/// Files in `images/` that are named like images and not in the index. Anything else there is left to `verify`.
+fn drop_orphaned_images(store: &Store) -> Result<(), StoreError> {
+    let names = entries(store, "images")?;
+    if names.is_empty() {
+        return Ok(());
+    }
+    let mut known = BTreeSet::new();
+    store.snapshot()?.each(IMAGES, |digest, _| {
+        known.insert(ImageDigest(*digest));
+        Ok(())
+    })?;
+    for name in names {
+        let digest = std::str::from_utf8(&name)
+            .ok()
+            .and_then(|name| ImageDigest::from_hex(name.strip_suffix(".erofs")?));
+        let Some(digest) = digest.filter(|digest| !known.contains(digest)) else { continue };
+        let path = super::open::image_name(&digest);
+        match unlink_immutable(&store.fd, &path) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(e) => return Err(StoreError::io("remove", &store.dir.join(path), e)),
+        }
+    }
+    Ok(())
+}
+
+fn drop_unpublished_roots(store: &Store) -> Result<(), StoreError> {
+    let ids = entries(store, "roots")?;
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let mut published = BTreeSet::new();
+    store.snapshot()?.each(GENERATIONS, |key, _| {
+        published.insert(key);
+        Ok(())
+    })?;
+    for id in ids.iter().filter_map(|name| numbered(name, "")) {
+        for generation in entries(store, &format!("roots/{}", SealId(id)))? {
+            let Some(generation) = numbered(&generation, "g") else { continue };
+            let name = root_name(SealId(id), generation);
+            if !published.contains(&(id, generation)) && is_unpublished(store, &name) {
+                remove_tree(store, &name)?;
+            }
+        }
+        // Fails while a generation is in it, as it should.
+        let _ = rustix::fs::unlinkat(&store.fd, format!("roots/{}", SealId(id)), AtFlags::REMOVEDIR);
+    }
+    Ok(())
+}
+
+/// `<prefix><number>`, written as we write it.
+fn numbered(name: &[u8], prefix: &str) -> Option<u64> {
+    let text = std::ffi::OsStr::from_bytes(name).to_str()?.strip_prefix(prefix)?;
+    let number: u64 = text.parse().ok()?;
+    let as_written = if prefix.is_empty() { SealId(number).to_string() } else { number.to_string() };
+    (as_written == text).then_some(number)
+}
