@@ -8,7 +8,6 @@ pub mod attr;
 pub mod btrfs;
 pub mod cache;
 pub mod fiemap;
-pub mod fsxattr;
 pub mod handle;
 pub mod identity;
 mod ioc;

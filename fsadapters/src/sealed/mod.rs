@@ -14,8 +14,12 @@
 //! byte). A view shows for every file bytes that the file held at one moment while it was sealed.
 
 pub mod commit;
+pub mod assemble;
 pub mod delta;
 pub mod image;
+pub mod image_mount;
+pub mod live;
+pub mod raw;
 mod refuse;
 pub mod tree;
 pub mod upper;

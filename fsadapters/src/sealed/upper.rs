@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use pagefold_sys::fsxattr::{self, Project};
+use pagefold_sys::attr::{XFLAG_PROJINHERIT, file_attributes, set_file_attributes};
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
@@ -61,7 +61,7 @@ fn failed(op: &'static str, path: &Path) -> impl FnOnce(Errno) -> UpperError {
 /// # Errors
 /// [`UpperError`]; what was made stays, for the caller drops all of `root_dir`.
 pub fn prepare(root_dir: &Path, tree: &Tree, raw_root: BorrowedFd<'_>) -> Result<(), UpperError> {
-    let project = fsxattr::project(raw_root).unwrap_or_default();
+    let project = Project::of(raw_root);
     let (upper_path, work_path) = (root_dir.join(UPPER), root_dir.join(WORK));
     let upper = make(&upper_path, project)?;
     let work = make(&work_path, project)?;
@@ -76,13 +76,38 @@ fn make(path: &Path, project: Project) -> Result<OwnedFd, UpperError> {
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open", path))?;
-    // The store's directory may carry a project itself, which this one has inherited then; also where the root has none.
-    let now = fsxattr::project(fd.as_fd()).unwrap_or_default();
-    if now != project {
-        fsxattr::set_project(fd.as_fd(), project)
-            .map_err(|e| failed("set the project id of", path)(errno(&e)))?;
-    }
+    project.give_to(fd.as_fd()).map_err(|e| failed("set the project id of", path)(errno(&e)))?;
     Ok(fd)
+}
+
+/// Whose quota a directory counts to, and whether what is made in it does too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Project {
+    id: u32,
+    inherit: bool,
+}
+
+impl Project {
+    /// No project where the file system has none.
+    fn of(dir: BorrowedFd<'_>) -> Project {
+        file_attributes(dir)
+            .map(|a| Project { id: a.project, inherit: a.flags & XFLAG_PROJINHERIT != 0 })
+            .unwrap_or_default()
+    }
+
+    /// Also where it is none: the store's directory may carry a project, which `dir` has inherited then.
+    fn give_to(self, dir: BorrowedFd<'_>) -> io::Result<()> {
+        if self == Project::of(dir) {
+            return Ok(());
+        }
+        let mut attributes = file_attributes(dir)?;
+        attributes.project = self.id;
+        attributes.flags &= !XFLAG_PROJINHERIT;
+        if self.inherit {
+            attributes.flags |= XFLAG_PROJINHERIT;
+        }
+        set_file_attributes(dir, attributes)
+    }
 }
 
 /// Gives `dir` the metadata `meta`: owner first (it clears setuid and setgid), times last.
