@@ -79,7 +79,8 @@ pub fn overlay_with(
     attributes: MountAttrFlags,
     handover: Handover,
 ) -> Result<OwnedFd, Refused> {
-    overlay_by(layers, attributes, handover).map_err(|(Step::Option(refused) | Step::Create(refused))| refused)
+    overlay_by(layers, attributes, handover)
+        .map_err(|(Step::Option(refused) | Step::Create(refused))| refused)
 }
 
 /// Where it failed.
@@ -88,11 +89,7 @@ enum Step {
     Create(Refused),
 }
 
-fn overlay_by(
-    layers: &Layers,
-    attributes: MountAttrFlags,
-    handover: Handover,
-) -> Result<OwnedFd, Step> {
+fn overlay_by(layers: &Layers, attributes: MountAttrFlags, handover: Handover) -> Result<OwnedFd, Step> {
     let none = |errno| Step::Create(Refused { errno, log: String::new() });
     let context = fsopen(c"overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(none)?;
     configure(context.as_fd(), layers, handover).map_err(|e| Step::Option(refused(&context, e)))?;

@@ -91,7 +91,10 @@ pub fn mounted(mounts: &Path, image: &Path, digest: ImageDigest) -> Result<Owned
         Found::Other => {}
     }
     let mount = mount_image(image)?;
-    if what_is(mount.as_fd(), digest) != Found::Image {
+    // What fsmount gives is a path only; questions need an open directory.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let inside = rustix::fs::openat(&mount, c".", flags, Mode::empty()).map_err(failed("open", image))?;
+    if what_is(inside.as_fd(), digest) != Found::Image {
         // The file of that name was exchanged between the two looks.
         return Err(ImageMountError::Foreign(image.into()));
     }
@@ -100,19 +103,16 @@ pub fn mounted(mounts: &Path, image: &Path, digest: ImageDigest) -> Result<Owned
     open_dir(&at)
 }
 
-/// Unmounts the image, and `mounts` itself when that was the last. Not mounted is no error; a directory that is in use (somebody
-/// stands in it) stays mounted.
+/// Takes the image's mount away, and `mounts` itself when that was the last. Not mounted is no error. Who still stands in it keeps
+/// what he sees (the mount is detached): it is read-only, and waiting for him would gain nothing.
 ///
 /// # Errors
-/// As `umount(2)`, but `EBUSY`.
+/// As `umount(2)`.
 pub fn unmounted(mounts: &Path, digest: ImageDigest) -> Result<(), ImageMountError> {
     let at = mounts.join(digest.to_string());
-    let flags = UnmountFlags::NOFOLLOW;
+    let flags = UnmountFlags::NOFOLLOW | UnmountFlags::DETACH;
     if open_dir(&at).is_ok_and(|dir| what_is(dir.as_fd(), digest) == Found::Image) {
-        match unmount(&at, flags) {
-            Ok(()) | Err(Errno::BUSY) => {}
-            Err(e) => return Err(failed("unmount", &at)(e)),
-        }
+        unmount(&at, flags).map_err(failed("unmount", &at))?;
     }
     match rustix::fs::unlinkat(rustix::fs::CWD, &at, AtFlags::REMOVEDIR) {
         Ok(()) | Err(Errno::NOENT | Errno::BUSY | Errno::NOTEMPTY) => {}
@@ -120,10 +120,7 @@ pub fn unmounted(mounts: &Path, digest: ImageDigest) -> Result<(), ImageMountErr
     }
     let empty = std::fs::read_dir(mounts).is_ok_and(|mut list| list.next().is_none());
     if empty && open_dir(mounts).is_ok_and(|dir| is_mount(dir.as_fd())) {
-        match unmount(mounts, flags) {
-            Ok(()) | Err(Errno::BUSY) => {}
-            Err(e) => return Err(failed("unmount", mounts)(e)),
-        }
+        unmount(mounts, flags).map_err(failed("unmount", mounts))?;
     }
     Ok(())
 }

@@ -60,8 +60,12 @@ pub fn probe(root_dir: &Path, stranger: &Path) -> Result<UpperState, ProbeError>
     if !remembers_a_lower(&upper) {
         return Ok(UpperState::Free);
     }
-    let layers =
-        Layers { upper, work: open_dir(&root_dir.join(WORK))?, images: vec![open_dir(stranger)?], data: None };
+    let layers = Layers {
+        upper,
+        work: open_dir(&root_dir.join(WORK))?,
+        images: vec![open_dir(stranger)?],
+        data: None,
+    };
     match overlay(&layers, MountAttrFlags::empty()) {
         Err(refused) if refused.errno == Errno::BUSY => Ok(UpperState::Live),
         Err(refused) if refused.errno == Errno::STALE => Ok(UpperState::Free),
