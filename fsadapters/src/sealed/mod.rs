@@ -23,3 +23,4 @@ pub mod raw;
 mod refuse;
 pub mod tree;
 pub mod upper;
+pub mod users;
