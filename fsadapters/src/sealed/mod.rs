@@ -13,8 +13,8 @@
 //! Invariant: a raw root is never written by anything here but `commit` (and FIDEDUPERANGE under `--content`, which changes no
 //! byte). A view shows for every file bytes that the file held at one moment while it was sealed.
 
-pub mod commit;
 pub mod assemble;
+pub mod commit;
 pub mod delta;
 pub mod image;
 pub mod image_mount;
