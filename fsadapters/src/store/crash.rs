@@ -3,6 +3,7 @@
 //! Always compiled in, so that what is tested is what is shipped; inert unless an environment variable is set:
 //! `PAGEFOLD_CRASH_AT=<step>[:n]` kills the process (SIGKILL: no destructor, no flush) when it comes to the step for the n-th time,
 //! `PAGEFOLD_STOP_AT=<step>[:n]` stops it there (SIGSTOP), so that a test can copy the disk or shut the file system down first.
+//! `PAGEFOLD_STEPS_TO=<file>` writes the names down, one a line, as they are passed: what a command can be ended at.
 //!
 //! Invariant: every name passed to [`step`] stands in [`STEPS`], so a test that goes through [`STEPS`] goes through all of them.
 
@@ -64,6 +65,7 @@ struct Trap {
     signal: Signal,
 }
 
+static LOG: OnceLock<Option<std::fs::File>> = OnceLock::new();
 static TRAPS: OnceLock<Vec<Trap>> = OnceLock::new();
 
 /// A place where a test can end the process. Costs one load when no test asks.
@@ -75,11 +77,19 @@ pub fn step(name: &'static str) {
     if cfg!(debug_assertions) || !traps.is_empty() {
         assert!(STEPS.contains(&name), "step {name} is missing in STEPS");
     }
+    if let Some(mut log) = LOG.get_or_init(open_log).as_ref() {
+        let _ = std::io::Write::write_all(&mut log, format!("{name}\n").as_bytes());
+    }
     for trap in traps.iter().filter(|t| t.step == name) {
         if trap.left.fetch_sub(1, Ordering::Relaxed) == 1 {
             let _ = rustix::process::kill_process(rustix::process::getpid(), trap.signal);
         }
     }
+}
+
+fn open_log() -> Option<std::fs::File> {
+    let path = std::env::var_os("PAGEFOLD_STEPS_TO")?;
+    std::fs::OpenOptions::new().create(true).append(true).open(path).ok()
 }
 
 fn from_environment() -> Vec<Trap> {

@@ -21,23 +21,33 @@ impl LoopRig {
     /// # Errors
     /// `EBUSY` while something is open on it, and whatever mounting says.
     pub fn cut_power(&mut self) -> Result<(), RigError> {
+        self.cut_power_and(|| ())
+    }
+
+    /// As [`LoopRig::cut_power`]; `let_go` is called in the dark, to end whoever still has something open.
+    ///
+    /// # Errors
+    /// As [`LoopRig::cut_power`].
+    pub fn cut_power_and(&mut self, let_go: impl FnOnce()) -> Result<(), RigError> {
         if matches!(self.fs, RigFs::Btrfs | RigFs::BtrfsZstd) {
-            return self.swap_in_a_copy();
+            return self.swap_in_a_copy(let_go);
         }
         let dir = open_dir(&self.mount_point)?;
         shutdown(dir.as_fd(), Shutdown::DropLog)
             .map_err(|e| RigError::io("shut down", &self.mount_point, e))?;
         drop(dir);
+        let_go();
         base::unmount_below(&self.mount_point);
         unmount(&self.mount_point)?;
         self.direct_io = mount_image(self.fs, &self.image(), &self.mount_point)?;
         Ok(())
     }
 
-    fn swap_in_a_copy(&mut self) -> Result<(), RigError> {
+    fn swap_in_a_copy(&mut self, let_go: impl FnOnce()) -> Result<(), RigError> {
         let (image, copy) = (self.image(), self.home.join(base::IMAGE_COPY));
         let args = ["--sparse=always", "--reflink=auto", "--"].map(std::ffi::OsStr::new);
         tools::run("cp", "coreutils", args.into_iter().chain([image.as_os_str(), copy.as_os_str()]))?;
+        let_go();
         base::unmount_below(&self.mount_point);
         unmount(&self.mount_point)?;
         tools::detach_loops_of(&image);
