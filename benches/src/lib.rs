@@ -1,4 +1,4 @@
-//! Macro benchmarks: what the program `scan_vs` is made of. The micro-benchmarks are in `benches/`.
+//! Macro benchmarks: what the programs `scan_vs` and `view_costs` are made of. The micro-benchmarks are in `benches/`.
 //!
 //! Invariants: whatever is compared is measured in the same run, alternately, on the same files with the same number of
 //! threads; every figure is kept raw with machine, kernel, command and commit. What this deliberately does not do: pull peers
@@ -15,3 +15,4 @@ pub mod peers;
 pub mod scan_vs;
 pub mod stats;
 pub mod tree;
+pub mod view_costs;

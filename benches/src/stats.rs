@@ -25,6 +25,12 @@ impl Series {
         }
     }
 
+    /// All of them.
+    #[must_use]
+    pub fn values(&self) -> &[f64] {
+        &self.0
+    }
+
     /// How many.
     #[must_use]
     pub fn len(&self) -> usize {

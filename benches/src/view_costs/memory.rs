@@ -1,0 +1,103 @@
+//! Page cache after everything in all views was read, beside one raw root; kernel memory of a walked view.
+//!
+//! Page cache is `Cached` of the whole machine less shared memory, so nothing else may run. The loop device does direct I/O: the
+//! backing file is not cached.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+
+use super::place::{Place, Tool, drop_caches, files_below};
+use super::report::Report;
+use super::{Args, Fs, say};
+use crate::cached::meminfo_kib;
+
+pub fn measure(args: &Args, tool: &Tool, fs: Fs, report: &mut Report) -> anyhow::Result<()> {
+    let kind = fs.rig().kind();
+    for drift in [0.0, 5.0] {
+        say(format_args!("{kind}: making {} roots with {drift} % drift", args.roots));
+        let place = Place::new(fs, &args.image, args.roots, drift)?;
+        place.seal(tool, &place.roots())?;
+        let counts = [16.min(args.roots), args.roots];
+        for count in counts {
+            let roots = &place.roots()[..count as usize];
+            let raw = cache_after_reading(&roots[..1])?;
+            // By the farm's own truth: what whole files have in common counts once.
+            let ideal = if drift == 0.0 { raw } else { raw + changed_bytes(tool, roots)? };
+            place.mount_all(tool)?;
+            let views = place.views()?;
+            let cached = cache_after_reading(&views[..count as usize])?;
+            place.unmount_all(tool)?;
+            let what = match drift {
+                0.0 => format!("page cache of {count} equal views over one raw root"),
+                _ => format!("page cache of {count} views, 5 % changed, over one root and the changes"),
+            };
+            let mib = |bytes: f64| bytes / f64::from(1 << 20);
+            report.at_most(kind, &what, (cached / ideal, "x"), 1.02, vec![mib(cached), mib(ideal), mib(raw)]);
+        }
+        if drift == 0.0 {
+            kernel_memory(kind, &place, tool, report)?;
+        }
+        place.unseal(tool)?;
+    }
+    Ok(())
+}
+
+/// Bytes of page cache that the roots beyond the first need if equal files were cached once.
+fn changed_bytes(tool: &Tool, roots: &[PathBuf]) -> anyhow::Result<f64> {
+    let unique = |roots: &[PathBuf]| -> anyhow::Result<f64> {
+        let args = ["scan".as_ref(), "--format".as_ref(), "json".as_ref()];
+        let args: Vec<&std::ffi::OsStr> =
+            args.into_iter().chain(roots.iter().map(|r| r.as_os_str())).collect();
+        let json: serde_json::Value = serde_json::from_slice(&tool.run(&args)?.1)?;
+        let get = |name: &str| json["totals"][name].as_f64().context("a total");
+        Ok(get("cache_bytes")? - get("mergeable_file_bytes")?)
+    };
+    Ok(unique(roots)? - unique(&roots[..1])?)
+}
+
+fn cached_bytes() -> anyhow::Result<f64> {
+    let get = |name| meminfo_kib(name).with_context(|| format!("/proc/meminfo has no {name}"));
+    Ok((get("Cached")? as f64 - get("Shmem")? as f64) * 1024.0)
+}
+
+fn cache_after_reading(roots: &[PathBuf]) -> anyhow::Result<f64> {
+    drop_caches("3")?;
+    let before = cached_bytes()?;
+    let mut buffer = vec![0; 1 << 20];
+    for root in roots {
+        for file in files_below(root)? {
+            let mut file = File::open(&file).with_context(|| file.display().to_string())?;
+            while file.read(&mut buffer)? > 0 {}
+        }
+    }
+    Ok(cached_bytes()? - before)
+}
+
+fn kernel_memory(kind: &'static str, place: &Place, tool: &Tool, report: &mut Report) -> anyhow::Result<()> {
+    let walk = |root: &Path| -> anyhow::Result<f64> {
+        drop_caches("3")?;
+        drop_caches("3")?;
+        let before = meminfo_kib("Slab").context("Slab")?;
+        for file in files_below(root)? {
+            drop(File::open(&file)?);
+        }
+        Ok((meminfo_kib("Slab").context("Slab")?.saturating_sub(before)) as f64 / 1024.0)
+    };
+    let native = walk(&place.roots()[0])?;
+    place.mount_all(tool)?;
+    let views = place.views()?;
+    let view = walk(&views[0])?;
+    let second = walk(&views[0])?;
+    place.unmount_all(tool)?;
+    report.at_most(
+        kind,
+        "kernel memory of a walked view over native",
+        (view / native, "x"),
+        1.0,
+        vec![view, native, second],
+    );
+    Ok(())
+}
