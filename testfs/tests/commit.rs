@@ -8,6 +8,7 @@ use commit_support::fixture::{Fixture, run};
 use commit_support::ops::{Change, Rng, carry_out, draw, known};
 use commit_support::snapshot::{differences, take};
 use pagefold_fsadapters::sealed::commit::OnConflict;
+use pagefold_fsadapters::store::STEPS;
 use pagefold_testfs::rig::{LoopRig, RigFs};
 
 const BOTH: [RigFs; 2] = [RigFs::Xfs, RigFs::Btrfs];
@@ -69,4 +70,81 @@ fn privileged_random_histories_end_as_in_a_plain_directory() {
             history(&rig, seed);
         }
     }
+}
+
+/// Changes at random on the mounted view and the plain copy.
+fn live(fixture: &Fixture, rng: &mut Rng, changes: usize) {
+    fixture.mount("view", "rw");
+    for _ in 0..changes {
+        let change = draw(rng, &known(&fixture.view()), false);
+        let view = carry_out(&fixture.view(), &change);
+        let plain = carry_out(&fixture.home.join("plain"), &change);
+        assert_eq!(view.is_ok(), plain.is_ok(), "{change:?}: {view:?} {plain:?}");
+    }
+    fixture.unmount("view");
+}
+
+/// A commit that dies at a step, perhaps more changes in the view, perhaps another death, then a commit that ends.
+fn interrupted(rig: &LoopRig, seed: u64, step: &str) {
+    let home = rig.path().join(format!("crash{seed}"));
+    std::fs::create_dir(&home).unwrap();
+    let mut rng = Rng::new(seed);
+    grow(&home.join("raw"), &mut rng, 120);
+    run("cp", &[&"-a", &home.join("raw"), &home.join("plain")]);
+    let fixture = Fixture::seal(&home);
+    let what = format!("seed {seed}, {step}");
+    live(&fixture, &mut rng, 40);
+    let mut died = fixture.crash(step, 1 + rng.below(4) as u32);
+    if rng.below(2) == 0 {
+        live(&fixture, &mut rng, 20);
+        died |= fixture.crash(step, 1 + rng.below(3) as u32);
+    }
+    if rng.below(4) == 0 {
+        live(&fixture, &mut rng, 10);
+    }
+    fixture.mount("look", "ro");
+    let shown = take(&home.join("look"));
+    let done = fixture.commit_mounted(OnConflict::Keep);
+    fixture.unmount("look");
+    let done = done.unwrap();
+    assert!(done.is_complete(), "{what}: {done:?}");
+    let raw = take(&fixture.raw());
+    let wrong = differences(&shown, &raw, true);
+    assert!(wrong.is_empty(), "{what}, died {died}: view against raw\n{}", wrong.join("\n"));
+    let wrong = differences(&take(&home.join("plain")), &raw, false);
+    assert!(wrong.is_empty(), "{what}, died {died}: plain copy against raw\n{}", wrong.join("\n"));
+    drop(fixture);
+    std::fs::remove_dir_all(&home).unwrap();
+}
+
+/// Does nothing by itself: [`Fixture::crash`] runs it in a process of its own.
+#[test]
+fn privileged_child_commits_for_the_crash_tests() {
+    if let Some(home) = std::env::var_os("PAGEFOLD_COMMIT_HOME") {
+        let fixture = std::mem::ManuallyDrop::new(Fixture::open(Path::new(&home)));
+        let done = fixture.commit_mounted(OnConflict::Keep).unwrap();
+        assert!(done.is_complete(), "{done:?}");
+    }
+}
+
+fn crash_at_every_step(fs: RigFs) {
+    let rounds: u64 = std::env::var("PAGEFOLD_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(2);
+    let first: u64 = std::env::var("PAGEFOLD_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    let rig = LoopRig::new(fs).unwrap();
+    for round in first..first + rounds {
+        for (i, step) in STEPS.iter().filter(|s| s.starts_with("commit.")).enumerate() {
+            eprintln!("{fs:?} {round} {step}");
+            interrupted(&rig, round * 1000 + i as u64, step);
+        }
+    }
+}
+
+#[test]
+fn privileged_a_commit_killed_at_any_step_finishes_when_run_again_on_xfs() {
+    crash_at_every_step(RigFs::Xfs);
+}
+
+#[test]
+fn privileged_a_commit_killed_at_any_step_finishes_when_run_again_on_btrfs() {
+    crash_at_every_step(RigFs::Btrfs);
 }

@@ -2,6 +2,7 @@
 //! image and anchors.
 
 use std::collections::{HashMap, VecDeque};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -13,6 +14,7 @@ use pagefold_fsadapters::sealed::commit::inode::names;
 use pagefold_fsadapters::sealed::commit::{self, Applied, Below, CommitError, OnConflict, Scene};
 use pagefold_fsadapters::sealed::tree::{Data, Entry, EntryId, Inode, InodeIndex, Node, RawFacts, Tree};
 use pagefold_fsadapters::store::AnchorKey;
+use pagefold_fsadapters::store::manifest::{read_manifest, write_manifest};
 
 pub struct Fixture {
     pub home: PathBuf,
@@ -20,7 +22,7 @@ pub struct Fixture {
     files: HashMap<AnchorKey, PathBuf>,
 }
 
-pub fn run(program: &str, args: &[&dyn AsRef<std::ffi::OsStr>]) {
+pub fn run(program: &str, args: &[&dyn AsRef<OsStr>]) {
     let output = Command::new(program).args(args.iter().map(|a| a.as_ref())).output().unwrap();
     assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
 }
@@ -40,8 +42,38 @@ impl Fixture {
         for what in ["chmod", "chown", "touch"] {
             run(what, &[&format!("--reference={}", at("raw").display()), &at("up")]);
         }
-        let (tree, files) = sealed(&at("raw"), &at("low"));
+        let tree = sealed(&at("raw"));
+        std::fs::create_dir(at("seal")).unwrap();
+        write_manifest(&at("seal"), &tree, None).unwrap();
+        Fixture::open(home)
+    }
+
+    /// A fixture that another process sealed.
+    pub fn open(home: &Path) -> Fixture {
+        let tree = read_manifest(&home.join("seal")).unwrap();
+        let mut files = HashMap::new();
+        for id in (0..tree.entries.len() as u32).map(EntryId) {
+            if let Node::File { data: Data::Anchor(key), .. } = tree.inode(id).node {
+                files.insert(key, home.join("low").join(OsStr::from_bytes(&tree.path(id))));
+            }
+        }
         Fixture { home: home.to_owned(), tree, files }
+    }
+
+    /// Commits in a process of its own that is to die at `step`, when it comes there for the `n`-th time. Whether it did.
+    pub fn crash(&self, step: &str, n: u32) -> bool {
+        use std::os::unix::process::ExitStatusExt;
+        self.mount("look", "ro");
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "privileged_child_commits_for_the_crash_tests", "--nocapture"])
+            .env("PAGEFOLD_COMMIT_HOME", &self.home)
+            .env("PAGEFOLD_CRASH_AT", format!("{step}:{n}"))
+            .output()
+            .unwrap();
+        self.unmount("look");
+        let died = output.status.signal() == Some(9);
+        assert!(died || output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        died
     }
 
     pub fn raw(&self) -> PathBuf {
@@ -65,7 +97,13 @@ impl Fixture {
     }
 
     pub fn unmount(&self, at: &str) {
-        run("umount", &[&self.home.join(at)]);
+        // Tests run beside each other: a child that another is just starting holds our descriptors for a moment.
+        let mut left = 100;
+        while !Command::new("umount").arg(self.home.join(at)).output().unwrap().status.success() {
+            left -= 1;
+            assert!(left > 0, "{at} stays busy");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
     }
 
     /// Commits.
@@ -76,7 +114,8 @@ impl Fixture {
         result
     }
 
-    fn commit_mounted(&self, on_conflict: OnConflict) -> Result<Applied, CommitError> {
+    /// Commits; the view is mounted at `look`.
+    pub fn commit_mounted(&self, on_conflict: OnConflict) -> Result<Applied, CommitError> {
         let at = |name: &str| self.home.join(name);
         let anchors = |key: &AnchorKey| Ok(OwnedFd::from(File::open(&self.files[key])?));
         let index = at("work").join("index");
@@ -102,8 +141,8 @@ impl Drop for Fixture {
     }
 }
 
-fn sealed(raw: &Path, low: &Path) -> (Tree, HashMap<AnchorKey, PathBuf>) {
-    let (mut tree, mut files) = (Tree::default(), HashMap::new());
+fn sealed(raw: &Path) -> Tree {
+    let mut tree = Tree::default();
     let mut inodes: HashMap<u64, InodeIndex> = HashMap::new();
     let below = dir(raw);
     let mut queue = VecDeque::from([(EntryId(0), Vec::new(), Vec::new())]);
@@ -116,17 +155,11 @@ fn sealed(raw: &Path, low: &Path) -> (Tree, HashMap<AnchorKey, PathBuf>) {
         if inode == new {
             let node = held.special().unwrap().unwrap_or_else(|| {
                 let key = AnchorKey(*blake3::hash(&path).as_bytes());
-                files.insert(key, low.join(std::ffi::OsStr::from_bytes(&path)));
                 let data = if look.size == 0 { Data::Empty } else { Data::Anchor(key) };
                 Node::File { size: look.size, data }
             });
-            let raw = RawFacts {
-                ino: look.ino,
-                ctime: look.ctime,
-                size: look.size,
-                links: look.links,
-                signature: None,
-            };
+            let (ino, ctime, size, links) = (look.ino, look.ctime, look.size, look.links);
+            let raw = RawFacts { ino, ctime, size, links, signature: None };
             tree.inodes.push(Inode { meta: held.meta().unwrap(), raw, node });
         }
         let name: Vec<u8> = name;
@@ -138,5 +171,5 @@ fn sealed(raw: &Path, low: &Path) -> (Tree, HashMap<AnchorKey, PathBuf>) {
             }
         }
     }
-    (tree, files)
+    tree
 }
