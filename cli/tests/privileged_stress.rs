@@ -384,3 +384,18 @@ fn privileged_stress_on_xfs() {
 fn privileged_stress_on_btrfs() {
     stress(RigFs::Btrfs, 3);
 }
+
+/// The model is on trial too: on a plain directory it must be right.
+#[test]
+fn the_model_is_right_about_a_plain_directory() {
+    for seed in 1..6 {
+        let mut random = Random(seed);
+        let mut model = Model::image(&mut random);
+        let dir = tempfile::tempdir().expect("temporary directory");
+        model.build(dir.path());
+        for _ in 0..400 {
+            model.operate(dir.path(), &mut random);
+        }
+        model.check(dir.path(), &format!("seed {seed}"));
+    }
+}
