@@ -16,6 +16,7 @@ pub mod probe;
 pub mod reflink;
 pub mod shutdown;
 pub mod uring;
+pub mod userns;
 
 use std::io;
 

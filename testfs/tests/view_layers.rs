@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use pagefold_fsadapters::sealed::assemble::{Handover, Layers, overlay, overlay_with};
+use pagefold_fsadapters::sealed::idmap::{IdMaps, Mapped};
 use pagefold_fsadapters::sealed::image::{self, BuiltImage};
 use pagefold_fsadapters::sealed::image_mount;
 use pagefold_fsadapters::sealed::live::{UpperState, probe};
@@ -90,6 +91,7 @@ impl Place {
             work: dir(&root_dir.join("work")),
             images: vec![image_mount::mounted(&self.mounts(), &file, image.digest).unwrap()],
             data: Some(dir(&self.home.join("anchors"))),
+            mounts: Vec::new(),
         }
     }
 }
@@ -199,5 +201,53 @@ fn privileged_an_upper_has_one_view_and_one_image() {
         for image in [&image, &other] {
             image_mount::unmounted(&place.mounts(), image.digest).unwrap();
         }
+    }
+}
+
+#[test]
+fn privileged_owners_are_mapped_in_the_view_and_not_on_disk() {
+    for fs in [RigFs::Xfs, RigFs::Btrfs] {
+        let rig = rig(fs);
+        let place = Place::new(&rig);
+        place.anchor(KEY, b"hello");
+        let mut tree = small();
+        // Owned by the container's root; `meta` gives 1234:70000, of which the group has no place in the map.
+        for inode in &mut tree.inodes {
+            (inode.meta.uid, inode.meta.gid) = (0, 0);
+        }
+        tree.inodes[1].meta.uid = 1000;
+        let image = place.image(&tree);
+        let root_dir = place.root_dir("a", &tree);
+        let maps: IdMaps = "0:100000:65536".parse().unwrap();
+        let plain = place.layers(&root_dir, &image);
+        let layers = Mapped::new(&maps)
+            .unwrap()
+            .layers(&dir(&root_dir), &plain.images, plain.data.as_ref().unwrap())
+            .unwrap();
+        let mount = maps.as_their_root(|| overlay(&layers, MountAttrFlags::empty())).unwrap().unwrap();
+        let at = inside(&mount);
+        let owner = |path: &str| {
+            let meta = fs::symlink_metadata(at.join(path)).unwrap();
+            (meta.uid(), meta.gid())
+        };
+        assert_eq!(owner("."), (100_000, 100_000), "{fs:?}");
+        assert_eq!(owner("ab"), (101_000, 100_000));
+        assert_eq!(owner("ab/f"), (100_000, 100_000));
+        assert_eq!(fs::read(at.join("ab/f")).unwrap(), b"hello");
+        // What the container's root writes and copies up lies in the upper as id 0.
+        let write = || {
+            fs::write(at.join("new"), b"new")?;
+            fs::create_dir(at.join("dir"))?;
+            fs::OpenOptions::new().append(true).open(at.join("ab/f"))?.set_len(3)
+        };
+        maps.as_their_root(write).unwrap().unwrap();
+        for path in ["new", "dir", "ab/f"] {
+            assert_eq!(owner(path), (100_000, 100_000), "{path}");
+            let below = fs::metadata(root_dir.join("upper").join(path)).unwrap();
+            assert_eq!((below.uid(), below.gid()), (0, 0), "{path}");
+        }
+        assert_eq!(fs::metadata(root_dir.join("upper/ab")).unwrap().uid(), 1000);
+        drop(mount);
+        image_mount::unmounted(&place.mounts(), image.digest).unwrap();
     }
 }

@@ -25,6 +25,9 @@ pub struct Layers {
     pub images: Vec<OwnedFd>,
     /// Where the images' files find their data.
     pub data: Option<OwnedFd>,
+    /// Detached mounts that layers were opened in: such a mount is dissolved when its own descriptor goes, and then overlayfs
+    /// can't use it (`EINVAL`).
+    pub mounts: Vec<OwnedFd>,
 }
 
 /// How layers are handed to the kernel.

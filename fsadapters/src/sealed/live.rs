@@ -65,6 +65,7 @@ pub fn probe(root_dir: &Path, stranger: &Path) -> Result<UpperState, ProbeError>
         work: open_dir(&root_dir.join(WORK))?,
         images: vec![open_dir(stranger)?],
         data: None,
+        mounts: Vec::new(),
     };
     match overlay(&layers, MountAttrFlags::empty()) {
         Err(refused) if refused.errno == Errno::BUSY => Ok(UpperState::Live),
