@@ -257,11 +257,25 @@ impl Store {
     /// # Errors
     /// [`StoreError::NoSuch`] root; the index can't be written.
     pub fn put_view(&self, row: &ViewRow) -> Result<(), StoreError> {
+        self.put_views(std::slice::from_ref(row))
+    }
+
+    /// Remembers several views, in one commit or not at all.
+    ///
+    /// # Errors
+    /// As [`Self::put_view`].
+    pub fn put_views(&self, rows: &[ViewRow]) -> Result<(), StoreError> {
+        if rows.is_empty() {
+            return Ok(());
+        }
         self.index.write(|txn| {
-            if txn.get::<_, RootRow>(ROOTS, row.root.0)?.is_none() {
-                return Err(StoreError::NoSuch { what: "root", name: row.root.to_string() });
+            for row in rows {
+                if txn.get::<_, RootRow>(ROOTS, row.root.0)?.is_none() {
+                    return Err(StoreError::NoSuch { what: "root", name: row.root.to_string() });
+                }
+                txn.put(VIEWS, row.root.0, row)?;
             }
-            txn.put(VIEWS, row.root.0, row)
+            Ok(())
         })
     }
 
