@@ -22,7 +22,6 @@ pub const STEPS: &[&str] = &[
     "store.recover.anchors",
     "store.recover.images",
     "store.recover.roots",
-    "store.recovered",
     // Store: what seal builds.
     "store.domain.dirs",
     "store.reserve",

@@ -24,6 +24,7 @@ mod build;
 mod codec;
 mod crash;
 mod error;
+mod gc;
 mod index;
 pub mod key;
 mod lock;
@@ -35,15 +36,20 @@ mod publish;
 mod recovery;
 mod remove;
 pub mod rows;
+mod task;
+mod verify;
 
 pub use build::{Build, NewAnchor, Publication};
 pub use crash::{STEPS, step};
 pub use error::StoreError;
+pub use gc::GcReport;
 pub use key::{AnchorKey, ContentHash, ImageDigest, SealId, Signature, StoreId};
 pub use lock::LOCK_PATIENCE;
 pub use lookup::Lookup;
 pub use open::{OpenMode, Store};
 pub use rows::{AnchorRow, DomainRow, ImageRow, RootRow, ViewRow};
+pub use task::Task;
+pub use verify::{PROBLEMS_MAX, Problem, ProblemKind, VerifyReport};
 
 /// Seconds since 1970.
 fn now() -> i64 {

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags};
+use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
 use super::build::is_unpublished;
@@ -61,7 +61,7 @@ fn drop_orphaned_anchors(store: &Store) -> Result<(), StoreError> {
             }
             for domain in &domains {
                 let name = anchor_name(domain.id, &key);
-                match unlink_orphan(store, &name) {
+                match unlink_immutable(&store.fd, &name) {
                     Ok(()) | Err(Errno::NOENT) => {}
                     Err(e) => return Err(StoreError::io("remove", &store.dir.join(name), e)),
                 }
@@ -78,28 +78,8 @@ fn drop_orphaned_anchors(store: &Store) -> Result<(), StoreError> {
     })
 }
 
-/// An orphan may be a borrowed file's link, which is not ours to change: only its name goes.
-fn unlink_orphan(store: &Store, name: &str) -> Result<(), Errno> {
-    unlink_immutable(&store.fd, name)
-}
-
-fn entries(store: &Store, name: &str) -> Result<Vec<Vec<u8>>, StoreError> {
-    let io = |e: Errno| StoreError::io("list", &store.dir.join(name), e);
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = rustix::fs::openat(&store.fd, name, flags, Mode::empty()).map_err(io)?;
-    let mut names = Vec::new();
-    for entry in Dir::new(fd).map_err(io)? {
-        let entry = entry.map_err(io)?;
-        let name = entry.file_name().to_bytes();
-        if !matches!(name, b"." | b"..") {
-            names.push(name.to_vec());
-        }
-    }
-    Ok(names)
-}
-
 fn empty_tmp(store: &Store) -> Result<(), StoreError> {
-    for name in entries(store, "tmp")? {
+    for name in store.names_in("tmp")? {
         let Ok(name) = String::from_utf8(name) else { continue };
         let name = format!("tmp/{name}");
         match unlink_immutable(&store.fd, &name) {
@@ -113,7 +93,7 @@ fn empty_tmp(store: &Store) -> Result<(), StoreError> {
 
 /// Files in `images/` that are named like images and not in the index. Anything else there is left to `verify`.
 fn drop_orphaned_images(store: &Store) -> Result<(), StoreError> {
-    let names = entries(store, "images")?;
+    let names = store.names_in("images")?;
     if names.is_empty() {
         return Ok(());
     }
@@ -137,7 +117,7 @@ fn drop_orphaned_images(store: &Store) -> Result<(), StoreError> {
 }
 
 fn drop_unpublished_roots(store: &Store) -> Result<(), StoreError> {
-    let ids = entries(store, "roots")?;
+    let ids = store.names_in("roots")?;
     if ids.is_empty() {
         return Ok(());
     }
@@ -147,7 +127,7 @@ fn drop_unpublished_roots(store: &Store) -> Result<(), StoreError> {
         Ok(())
     })?;
     for id in ids.iter().filter_map(|name| numbered(name, "")) {
-        for generation in entries(store, &format!("roots/{}", SealId(id)))? {
+        for generation in store.names_in(&format!("roots/{}", SealId(id)))? {
             let Some(generation) = numbered(&generation, "g") else { continue };
             let name = root_name(SealId(id), generation);
             if !published.contains(&(id, generation)) && is_unpublished(store, &name) {

@@ -14,8 +14,11 @@ use super::crash::step;
 use super::error::StoreError;
 use super::index::{ANCHORS, GENERATIONS, GRAVES, Generation, Grave, IMAGES, ROOTS, StoredImage, VIEWS};
 use super::key::SealId;
+use super::manifest::read_manifest;
 use super::open::{Store, anchor_name, image_name, root_name};
 use super::rows::{AnchorRow, RootRow};
+use crate::sealed::tree::EntryId;
+use crate::sealed::upper::is_pristine;
 
 const DIR_FLAGS: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
@@ -90,17 +93,27 @@ impl Store {
         Ok(found)
     }
 
-    /// Whether views have written into that upper.
+    /// Whether views have written into that upper: entries, or the root directory's own metadata. When the manifest can't be read, and so
+    /// can't say what that was, they may have.
     ///
     /// # Errors
     /// The directory can't be read.
     pub fn upper_has_writes(&self, id: SealId, generation: u64) -> Result<bool, StoreError> {
         let name = format!("{}/upper", root_name(id, generation));
         match is_empty_dir(&self.fd, &name) {
-            Ok(empty) => Ok(!empty),
-            Err(Errno::NOENT) => Ok(false),
-            Err(e) => Err(StoreError::io("list", &self.dir.join(name), e)),
+            Ok(true) => {}
+            Ok(false) => return Ok(true),
+            Err(Errno::NOENT) => return Ok(false),
+            Err(e) => return Err(StoreError::io("list", &self.dir.join(name), e)),
         }
+        let dir = self.root_dir(id, generation);
+        let Ok(tree) = read_manifest(&dir) else { return Ok(true) };
+        if tree.entries.is_empty() {
+            return Ok(true);
+        }
+        is_pristine(&dir, &tree.inode(EntryId(0)).meta)
+            .map(|pristine| !pristine)
+            .map_err(|e| StoreError::io("look at", &self.dir.join(name), e))
     }
 
     fn refuse_writes(&self, id: SealId, generation: u64) -> Result<(), StoreError> {

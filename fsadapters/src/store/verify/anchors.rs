@@ -1,0 +1,133 @@
+//! Anchors: there, closed, as large as they should be; and the hints that lead to them.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+
+use rustix::fs::IFlags;
+
+use super::cached::compare_cached;
+use super::{ProblemKind, VerifyReport};
+use crate::store::error::StoreError;
+use crate::store::index::{ANCHORS, BY_CONTENT, BY_EXTENTS, DOMAINS, content_key, extents_key};
+use crate::store::key::AnchorKey;
+use crate::store::open::{Store, anchor_name};
+use crate::store::place;
+use crate::store::rows::{AnchorRow, DomainRow};
+use crate::store::task::Task;
+
+pub(super) fn anchors(store: &Store, task: &Task, report: &mut VerifyReport) -> Result<(), StoreError> {
+    let mut rows: Vec<(AnchorKey, AnchorRow)> = Vec::new();
+    let snapshot = store.snapshot()?;
+    snapshot.each(ANCHORS, |key, bytes| {
+        rows.push((AnchorKey(*key), snapshot.decoded(bytes)?));
+        Ok(())
+    })?;
+    let domains: Vec<DomainRow> = snapshot.rows(DOMAINS)?;
+    task.expect(rows.len() as u64);
+    for (key, row) in rows {
+        if task.is_cancelled() {
+            return Ok(());
+        }
+        let path = store.anchor_path(row.domain, &key);
+        if key != AnchorKey::of(store.id(), row.serial) {
+            report.problem(path.clone(), ProblemKind::Index, format!("it is not number {}", row.serial));
+        }
+        if !domains.iter().any(|d| d.id == row.domain) {
+            report.problem(path, ProblemKind::Index, format!("there is no domain {}", row.domain));
+        } else {
+            anchor(store, &key, &row, task, report);
+        }
+        report.anchors += 1;
+        task.did(1);
+    }
+    Ok(())
+}
+
+fn anchor(store: &Store, key: &AnchorKey, row: &AnchorRow, task: &Task, report: &mut VerifyReport) {
+    let path = store.anchor_path(row.domain, key);
+    let file = match store.open_anchor(row.domain, key) {
+        Ok(file) => file,
+        Err(_) if !place::exists(&store.fd, &anchor_name(row.domain, key)) => {
+            let detail = "views that use it can't read the file; seal the roots again";
+            return report.problem(path, ProblemKind::Missing, detail);
+        }
+        Err(e) => return report.problem(path, ProblemKind::Unreadable, e.to_string()),
+    };
+    match file.metadata() {
+        Ok(meta) if meta.len() != row.size => {
+            let detail = format!("{} bytes, the index says {}", meta.len(), row.size);
+            report.problem(path.clone(), ProblemKind::Damaged, detail);
+        }
+        Ok(meta) if row.borrowed.is_none() => {
+            for detail in openings(&file, &meta) {
+                report.problem(path.clone(), ProblemKind::Open, detail);
+            }
+        }
+        Ok(_) => {}
+        Err(e) => return report.problem(path, ProblemKind::Unreadable, e.to_string()),
+    }
+    if let Err(e) = compare_cached(&file, &path, task, report) {
+        report.problem(path, ProblemKind::Unreadable, format!("its cached pages: {e}"));
+    }
+}
+
+/// By what an anchor could be changed, or say more than bytes.
+fn openings(file: &File, meta: &std::fs::Metadata) -> Vec<String> {
+    let mut found = Vec::new();
+    if meta.mode() & 0o7777 != 0o400 {
+        found.push(format!("mode {:04o}, not 0400", meta.mode() & 0o7777));
+    }
+    if meta.uid() != rustix::process::geteuid().as_raw() {
+        found.push(format!("it belongs to user {}", meta.uid()));
+    }
+    if meta.nlink() != 1 {
+        found.push(format!("it has {} names", meta.nlink()));
+    }
+    match rustix::fs::ioctl_getflags(file) {
+        Ok(flags) if flags.contains(IFlags::IMMUTABLE) => {}
+        Ok(_) => found.push("it is not immutable (chattr +i)".to_owned()),
+        Err(e) => found.push(format!("whether it is immutable can't be told: {e}")),
+    }
+    let mut names = [0; 4096];
+    let length = rustix::fs::flistxattr(file, &mut names).unwrap_or(0);
+    for name in names[..length].split(|b| *b == 0).filter(|n| !n.is_empty()) {
+        // A label that the security module insists on.
+        if !name.starts_with(b"security.") {
+            found.push(format!("it has the attribute {:?}", String::from_utf8_lossy(name)));
+        }
+    }
+    found
+}
+
+/// A hint that leads nowhere is no danger (hits are proved), but tells of a defect.
+pub(super) fn hints(store: &Store, task: &Task, report: &mut VerifyReport) -> Result<(), StoreError> {
+    if task.is_cancelled() {
+        return Ok(());
+    }
+    let snapshot = store.snapshot()?;
+    let mut wrong: Vec<AnchorKey> = Vec::new();
+    snapshot.each(BY_EXTENTS, |hint, key| {
+        let row: Option<AnchorRow> = snapshot.get(ANCHORS, key)?;
+        let right = row.is_some_and(|row| {
+            row.signature.is_some_and(|s| extents_key(row.domain, row.size, &s.0) == *hint)
+        });
+        if !right {
+            wrong.push(AnchorKey(*key));
+        }
+        Ok(())
+    })?;
+    snapshot.each(BY_CONTENT, |hint, key| {
+        let row: Option<AnchorRow> = snapshot.get(ANCHORS, key)?;
+        let right = row
+            .is_some_and(|row| row.content.is_some_and(|c| content_key(row.domain, row.size, &c.0) == *hint));
+        if !right {
+            wrong.push(AnchorKey(*key));
+        }
+        Ok(())
+    })?;
+    for key in wrong {
+        let detail = format!("a hint leads to anchor {key}, which does not say so");
+        report.problem(store.dir.join("index.redb"), ProblemKind::Index, detail);
+    }
+    Ok(())
+}
