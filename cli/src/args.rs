@@ -5,7 +5,9 @@ use clap::{Parser, Subcommand};
 use crate::cmd_demo::DemoArgs;
 use crate::cmd_doctor::DoctorArgs;
 use crate::cmd_farm::FarmArgs;
+use crate::cmd_gc::GcArgs;
 use crate::cmd_shell::{CompletionsArgs, ManArgs};
+use crate::cmd_verify::VerifyArgs;
 use crate::scan_args::ScanArgs;
 
 /// Find page-cache pages that are the same and make them one again.
@@ -22,6 +24,10 @@ pub struct Cli {
 pub enum Command {
     /// Tell how much page cache directory trees waste on equal pages, and what merging would give back.
     Scan(ScanArgs),
+    /// Remove from a store what no root and no view needs.
+    Gc(GcArgs),
+    /// Compare a store with its index, and cached pages of anchors with the disk.
+    Verify(VerifyArgs),
     /// Make, remove and measure container farms: roots from one image with known differences.
     Farm(FarmArgs),
     /// Tell what this kernel, user and file system can do.

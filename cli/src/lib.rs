@@ -8,7 +8,9 @@ mod cmd_demo;
 mod cmd_doctor;
 mod cmd_farm;
 mod cmd_farm_bench;
+mod cmd_gc;
 mod cmd_shell;
+mod cmd_verify;
 mod exit;
 mod format;
 mod human;
@@ -17,6 +19,8 @@ mod mount_helper;
 mod progress_bar;
 mod scan_args;
 mod scan_table;
+mod store_arg;
+mod task_bar;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -67,6 +71,8 @@ pub fn run_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<Exit> {
     match cli.command {
         Command::Scan(args) => run_scan(&args),
+        Command::Gc(args) => cmd_gc::run(&args),
+        Command::Verify(args) => cmd_verify::run(&args),
         Command::Farm(args) => cmd_farm::run(&args),
         Command::Doctor(args) => cmd_doctor::run(&args),
         Command::Demo(args) => cmd_demo::run(&args),
