@@ -6,6 +6,7 @@ use crate::cmd_demo::DemoArgs;
 use crate::cmd_doctor::DoctorArgs;
 use crate::cmd_farm::FarmArgs;
 use crate::cmd_gc::GcArgs;
+use crate::cmd_mount::{MountArgs, UmountArgs};
 use crate::cmd_shell::{CompletionsArgs, ManArgs};
 use crate::cmd_verify::VerifyArgs;
 use crate::scan_args::ScanArgs;
@@ -28,6 +29,10 @@ pub enum Command {
     Gc(GcArgs),
     /// Compare a store with its index, and cached pages of anchors with the disk.
     Verify(VerifyArgs),
+    /// Mount views of sealed roots: equal files of all views are in the page cache once.
+    Mount(MountArgs),
+    /// Unmount views; what was written in them is kept, committed or discarded.
+    Umount(UmountArgs),
     /// Make, remove and measure container farms: roots from one image with known differences.
     Farm(FarmArgs),
     /// Tell what this kernel, user and file system can do.

@@ -9,6 +9,7 @@ mod cmd_doctor;
 mod cmd_farm;
 mod cmd_farm_bench;
 mod cmd_gc;
+mod cmd_mount;
 mod cmd_shell;
 mod cmd_verify;
 mod exit;
@@ -73,6 +74,8 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Scan(args) => run_scan(&args),
         Command::Gc(args) => cmd_gc::run(&args),
         Command::Verify(args) => cmd_verify::run(&args),
+        Command::Mount(args) => cmd_mount::run(&args),
+        Command::Umount(args) => cmd_mount::run_umount(&args),
         Command::Farm(args) => cmd_farm::run(&args),
         Command::Doctor(args) => cmd_doctor::run(&args),
         Command::Demo(args) => cmd_demo::run(&args),

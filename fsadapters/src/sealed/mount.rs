@@ -317,6 +317,17 @@ pub fn view_at<'m>(mounts: &'m [Mount], target: &Path) -> Option<&'m Mount> {
     (top.kind == "overlay" && top.source == SOURCE).then_some(top)
 }
 
+/// The store of the view mounted at `target`, from the path of its upper (`<store>/roots/<id>/g<n>/upper`).
+#[must_use]
+pub fn store_of(target: &Path) -> Option<PathBuf> {
+    let target = target.canonicalize().ok()?;
+    let mounts = mountinfo::read().ok()?;
+    let options = &view_at(&mounts, &target)?.fs_options;
+    let upper = options.split(|b| *b == b',').find_map(|o| o.strip_prefix(b"upperdir="))?;
+    let upper = PathBuf::from(mountinfo::unescape(upper));
+    upper.ancestors().nth(4).filter(|s| s.is_absolute() && !s.starts_with("/proc")).map(Path::to_path_buf)
+}
+
 /// What the mount of the raw root forbids, its view forbids.
 fn inherited(raw: BorrowedFd<'_>, path: &Path) -> Result<MountAttrFlags, ViewError> {
     /// `ST_NOSYMFOLLOW` (Linux 5.10), which `statvfs` has no name for.
