@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use pagefold_fsadapters::reflink::clone_file;
 use pagefold_fsadapters::store::{
-    AnchorKey, AnchorRow, Build, ContentHash, DomainRow, ImageDigest, ImageRow, OpenMode, Publication, RootRow,
-    SealId, Signature, Store, StoreError,
+    AnchorKey, AnchorRow, Build, ContentHash, DomainRow, ImageDigest, ImageRow, OpenMode, Publication,
+    RootRow, SealId, Signature, Store, StoreError,
 };
 use pagefold_testfs::rig::{LoopRig, RigFs};
 

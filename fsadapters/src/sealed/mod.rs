@@ -16,6 +16,7 @@
 pub mod assemble;
 pub mod commit;
 pub mod delta;
+pub mod gone;
 pub mod idmap;
 pub mod image;
 pub mod image_mount;
