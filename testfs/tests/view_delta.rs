@@ -55,6 +55,7 @@ fn shown(store: &Path, root_dir: &Path, images: Vec<OwnedFd>) -> BTreeMap<PathBu
         work: dir(&root_dir.join("work")),
         images,
         data: Some(dir(&store.join("anchors"))),
+        mounts: Vec::new(),
     };
     let mount = overlay(&layers, MountAttrFlags::empty()).unwrap();
     let top = PathBuf::from(format!("/proc/self/fd/{}", mount.as_raw_fd()));

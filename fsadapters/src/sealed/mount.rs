@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MoveMountFlags, UnmountFlags, move_mount, unmount};
 
 use super::assemble::{Handover, Layers, SOURCE, overlay, overlay_with};
+use super::gone::GONE;
 use super::idmap::{IdMaps, Mapped};
 use super::live::{ProbeError, UpperState, probe};
 use super::raw::open_raw_root_among;
@@ -356,15 +357,19 @@ fn assemble(
     options: &MountOptions,
 ) -> Result<OwnedFd, ViewError> {
     let mounts = store.dir().join("mounts");
-    let mut images = Vec::new();
-    for digest in &row.layers {
-        images.push(image_mount::mounted(&mounts, &store.image_path(digest), *digest)?);
-    }
     let root_dir = store.root_dir(row.id, row.generation);
     let open = |path: &Path| {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open", path))
     };
+    let mut images = Vec::new();
+    for (at, digest) in row.layers.iter().enumerate() {
+        let gone = root_dir.join(GONE);
+        if at == 1 && gone.exists() {
+            images.push(open(&gone)?);
+        }
+        images.push(image_mount::mounted(&mounts, &store.image_path(digest), *digest)?);
+    }
     let data = store.data_layer(row.domain)?;
     let make = |layers: &Layers| match options.handover {
         Some(handover) => overlay_with(layers, attributes, handover),
