@@ -106,6 +106,12 @@ impl<A: Copy> Opened<A> {
         self.anchor
     }
 
+    /// Its size in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.layout.size
+    }
+
     /// The second reading, of the file.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ enum Before {
 
 /// The state before.
 #[derive(Debug)]
-pub(super) struct CacheGuard {
+pub(crate) struct CacheGuard {
     before: Before,
     /// `cachestat` speaks of another mapping than the one that holds the pages (overlayfs).
     stat_lies: bool,
@@ -31,7 +31,7 @@ pub(super) struct CacheGuard {
 
 impl CacheGuard {
     /// Remembers. `stat_lies`: see [`crate::overlay`].
-    pub(super) fn new(file: impl AsFd, ranges: &[(PageIndex, PageCount)], stat_lies: bool) -> CacheGuard {
+    pub(crate) fn new(file: impl AsFd, ranges: &[(PageIndex, PageCount)], stat_lies: bool) -> CacheGuard {
         let file = file.as_fd();
         let asked: u64 = ranges.iter().map(|(_, pages)| pages.0).sum();
         let counted = if stat_lies { None } else { count(file, ranges) };
@@ -45,7 +45,7 @@ impl CacheGuard {
     }
 
     /// Drops what came in.
-    pub(super) fn restore(&self, file: impl AsFd, ranges: &[(PageIndex, PageCount)]) {
+    pub(crate) fn restore(&self, file: impl AsFd, ranges: &[(PageIndex, PageCount)]) {
         let file = file.as_fd();
         let kept: &[(u64, u64)] = match &self.before {
             Before::All | Before::Unknown => return,

@@ -8,7 +8,7 @@ mod content;
 mod filesystems;
 mod notes;
 mod progress;
-mod queue;
+pub(crate) mod queue;
 mod report;
 mod table;
 mod tops;

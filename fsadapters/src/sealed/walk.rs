@@ -16,15 +16,17 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
 use super::refuse::DEPTH_MAX;
 use super::tree::{Inode, Meta, RawFacts, Tree};
+use crate::reflink::ReflinkError;
 use crate::scan::Progress;
 use crate::scan::queue::TaskStack;
+use crate::store::StoreError;
 
 mod assemble;
 mod previous;
@@ -105,9 +107,38 @@ pub enum WalkError {
         /// Why.
         why: &'static str,
     },
+    /// The kernel would not clone a file.
+    #[error("can't make an anchor of {path:?}: {source}{}", clone_hint(source))]
+    Clone {
+        /// Which file, below the root.
+        path: PathBuf,
+        /// Why.
+        source: ReflinkError,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(Box<StoreError>),
     /// [`Progress::cancel`].
     #[error("interrupted")]
     Cancelled,
+}
+
+impl From<StoreError> for WalkError {
+    fn from(error: StoreError) -> Self {
+        WalkError::Store(Box::new(error))
+    }
+}
+
+fn clone_hint(error: &ReflinkError) -> &'static str {
+    let errno = match error {
+        ReflinkError::NotPermitted(e) | ReflinkError::Io(e) => e.raw_os_error().map(Errno::from_raw_os_error),
+        _ => None,
+    };
+    match errno {
+        Some(Errno::TXTBSY) => ". A swap file in use can't be sealed: swapoff, or move it out of the root",
+        Some(Errno::NOSPC | Errno::DQUOT) => ". Make room on the file system",
+        _ => "",
+    }
 }
 
 impl WalkError {
@@ -116,8 +147,15 @@ impl WalkError {
         WalkError::Io { op, path: PathBuf::new(), source: source.into() }
     }
 
+    /// The same.
+    pub(crate) fn clone(source: ReflinkError) -> WalkError {
+        WalkError::Clone { path: PathBuf::new(), source }
+    }
+
     fn at(self, at: PathBuf) -> WalkError {
         match self {
+            WalkError::Clone { source, .. } => WalkError::Clone { path: at, source },
+            WalkError::Store(error) => WalkError::Store(error),
             WalkError::Io { op, source, .. } => WalkError::Io { op, path: at, source },
             WalkError::Refused { why, .. } => WalkError::Refused { path: at, why },
             WalkError::Cancelled => WalkError::Cancelled,
@@ -136,7 +174,8 @@ pub fn walk<L: FileLook>(
     progress: &Progress,
 ) -> Vec<Result<Sketch<L::Found>, WalkError>> {
     let tasks = (0..roots.len()).rev().map(Task::Root).collect();
-    let shared = Shared { roots, look, progress, tasks: TaskStack::new(tasks), next: AtomicU32::new(0) };
+    let failed = roots.iter().map(|_| AtomicBool::new(false)).collect();
+    let shared = Shared { roots, look, progress, tasks: TaskStack::new(tasks), next: AtomicU32::new(0), failed };
     let mut gathered = assemble::Gathered::new(roots.len());
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads.max(1))
@@ -177,6 +216,8 @@ struct Shared<'a, L> {
     tasks: TaskStack<Task>,
     /// Numbers of listings.
     next: AtomicU32,
+    /// Roots that can't be sealed any more: nothing else of them is looked at.
+    failed: Vec<AtomicBool>,
 }
 
 impl<L> Shared<'_, L> {

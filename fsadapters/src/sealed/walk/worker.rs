@@ -23,6 +23,7 @@ const FILES_PER_TASK: usize = 256;
 const MOUNT: &str = "something is mounted here: a view could not show it. Unmount it before sealing";
 const SUBVOLUME: &str = "a nested btrfs subvolume: a view could not show it as one. Seal it as a root of its own";
 const STORE: &str = "the store is inside of this root: choose another place for it (--store DIR)";
+const NO_KINDS: &str = "the file system does not tell kinds of entries in its listings (made with ftype=0)";
 const DEEP: &str = "directories are nested deeper than 2048";
 
 pub(super) struct Worker<'a, L: FileLook> {
@@ -87,17 +88,28 @@ impl<'a, L: FileLook> Worker<'a, L> {
         match task {
             Task::Root(root) => {
                 if let Err(error) = self.root(root) {
-                    self.haul.errors.push((root, error));
+                    self.failed(root, error);
                 }
             }
             Task::Dir(parent, name) => {
-                if let Err(error) = self.dir(&parent, &name) {
-                    self.haul.errors.push((parent.root, error.at(below(&parent.path, &name))));
+                if !self.has_failed(parent.root)
+                    && let Err(error) = self.dir(&parent, &name)
+                {
+                    self.failed(parent.root, error.at(below(&parent.path, &name)));
                 }
                 Progress::add(&self.shared.progress.dirs_done, 1);
             }
             Task::Files(node, names) => self.files(&node, &names),
         }
+    }
+
+    fn failed(&mut self, root: usize, error: WalkError) {
+        self.shared.failed[root].store(true, Ordering::Relaxed);
+        self.haul.errors.push((root, error));
+    }
+
+    fn has_failed(&self, root: usize) -> bool {
+        self.shared.failed[root].load(Ordering::Relaxed)
     }
 
     fn root(&mut self, root: usize) -> Result<(), WalkError> {
@@ -189,12 +201,12 @@ impl<'a, L: FileLook> Worker<'a, L> {
     fn files(&mut self, node: &Arc<Node>, names: &[Listed]) {
         let mut children = Vec::with_capacity(names.len());
         for (name, kind) in names {
-            if self.shared.progress.is_cancelled() {
+            if self.shared.progress.is_cancelled() || self.has_failed(node.root) {
                 return;
             }
             match self.entry(node, name, *kind) {
                 Ok(child) => children.extend(child),
-                Err(error) => self.haul.errors.push((node.root, error.at(below(&node.path, name)))),
+                Err(error) => self.failed(node.root, error.at(below(&node.path, name))),
             }
         }
         Progress::add(&self.shared.progress.files, children.len() as u64);
@@ -202,7 +214,7 @@ impl<'a, L: FileLook> Worker<'a, L> {
         if node.left.fetch_sub(1, Ordering::AcqRel) == 1
             && let Err(error) = self.all_looked_at(node)
         {
-            self.haul.errors.push((node.root, error.at(node.path.clone())));
+            self.failed(node.root, error.at(node.path.clone()));
         }
     }
 
@@ -255,10 +267,8 @@ impl<'a, L: FileLook> Worker<'a, L> {
                 match FileType::from_raw_mode(stat.st_mode) {
                     // The directory did not say, or it was replaced.
                     FileType::RegularFile => return self.entry(node, name, FileType::RegularFile),
-                    FileType::Directory if kind == FileType::Unknown => {
-                        // The listing's node is alive as long as we look at its files; its own task takes it from here.
-                        return self.late_dir(node, name);
-                    }
+                    // XFS and btrfs always tell.
+                    FileType::Directory if kind == FileType::Unknown => return Err(refused(NO_KINDS)),
                     FileType::Directory => return Ok(None),
                     _ => return self.special(&fd, &stat, name).map(Some),
                 }
@@ -268,11 +278,6 @@ impl<'a, L: FileLook> Worker<'a, L> {
             return Ok(None);
         }
         self.regular(node, name, &fd, &stat).map(Some)
-    }
-
-    /// A file system that does not tell kinds in its listings.
-    fn late_dir(&mut self, _node: &Node, _name: &[u8]) -> Result<Option<Child<L::Found>>, WalkError> {
-        Err(refused("the file system does not tell kinds of entries in its listings (made without ftype)"))
     }
 
     fn regular(

@@ -1,0 +1,500 @@
+//! Finds the anchor that has a file's bytes, or makes one.
+//!
+//! In this order: the file is as it was sealed before; an anchor at the same place; (where extents can't decide, or `--content`) an
+//! anchor with the same bytes; a new anchor, cloned from the file. Every doubt ends in the last: a clone needs no proof and costs
+//! a few blocks of metadata, so a stale hint, a moving anchor or a busy writer never makes a view wrong, only less shared.
+//!
+//! Invariant: what is told of a file (attributes, size, place of its bytes) belongs to one moment; where a writer prevented that
+//! [`TRIES`] times, the bytes are those of one moment still (a clone's) and the file is told as unsettled. Two threads that meet the same new
+//! file make one anchor. What it deliberately does not do: publish, or touch the raw root (but for FIDEDUPERANGE under `--content`).
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use dashmap::DashMap;
+use pagefold_engine::layout::RawExtent;
+use pagefold_engine::whole::{Closed, Enclosed, Opened, Reading, Unproven};
+use rustc_hash::FxBuildHasher;
+use rustix::fs::Stat;
+
+use super::bytes::Bytes;
+use super::prove::{Cloned, Protected, SameBytes, Shown, Unchanged};
+use super::reading::{Readings, signature, stamp};
+use super::walk::{FileAt, FileLook, WalkError};
+use crate::scan::Progress;
+use crate::store::{AnchorKey, AnchorRow, Build, ContentHash, Lookup, NewAnchor, Signature, Store};
+
+/// How often a file that moves is looked at again.
+const TRIES: u32 = 4;
+
+/// Anchors up to this size are kept in memory once they were read, so that many clones' small files are compared with one reading.
+const SMALL_BYTES_MAX: u64 = 4096;
+/// How many of them.
+const SMALL_MAX: usize = 32 << 10;
+
+/// What was found out about a file's data.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Located {
+    pub shown: Shown,
+    /// It made a new anchor.
+    pub made: bool,
+    /// Its bytes were read.
+    pub read: bool,
+    /// It was being written all the while.
+    pub unsettled: bool,
+}
+
+impl Located {
+    fn at(shown: Shown) -> Located {
+        Located { shown, made: false, read: false, unsettled: false }
+    }
+}
+
+/// Buffers of a thread.
+#[derive(Debug, Default)]
+pub(crate) struct Room {
+    extents: Vec<RawExtent>,
+    bytes: Vec<u8>,
+    other: Vec<u8>,
+}
+
+/// An anchor that is being made for a place or a content, or was.
+type Slot = Arc<Mutex<Option<AnchorKey>>>;
+type Map<K, V> = DashMap<K, V, FxBuildHasher>;
+
+/// Everything one call of `seal` knows about anchors.
+pub(crate) struct Locator<'a> {
+    pub store: &'a Store,
+    pub build: &'a Build<'a>,
+    pub lookup: &'a Lookup,
+    pub domain: u32,
+    /// `--content`.
+    pub content: bool,
+    pub progress: &'a Progress,
+    /// When each root was sealed last, seconds since 1970.
+    pub sealed_at: Vec<Option<i64>>,
+    pub readings: Readings,
+    reads: Bytes,
+    opened: Map<AnchorKey, Arc<Opened<AnchorKey>>>,
+    places: Map<(u64, Signature), Slot>,
+    contents: Map<(u64, ContentHash), Slot>,
+    small: Map<AnchorKey, Arc<[u8]>>,
+    made: Map<AnchorKey, AnchorRow>,
+    /// Set in the last round: no more proofs, only clones.
+    pub clone_only: bool,
+}
+
+/// What a file is looked up by.
+#[derive(Clone, Copy)]
+enum Name {
+    Place(Signature),
+    Content(ContentHash),
+}
+
+impl<'a> Locator<'a> {
+    pub fn new(
+        store: &'a Store,
+        build: &'a Build<'a>,
+        lookup: &'a Lookup,
+        readings: Readings,
+        progress: &'a Progress,
+    ) -> Self {
+        Locator {
+            store,
+            build,
+            lookup,
+            domain: 0,
+            content: false,
+            progress,
+            sealed_at: Vec::new(),
+            readings,
+            reads: Bytes::default(),
+            opened: Map::default(),
+            places: Map::default(),
+            contents: Map::default(),
+            small: Map::default(),
+            made: Map::default(),
+            clone_only: false,
+        }
+    }
+
+    /// The row of an anchor made here.
+    pub fn made(&self, key: &AnchorKey) -> Option<AnchorRow> {
+        self.made.get(key).map(|row| row.clone())
+    }
+
+    /// The number of an anchor.
+    pub fn serial(&self, key: &AnchorKey) -> Option<u64> {
+        if let Some(row) = self.made.get(key) {
+            return Some(row.serial);
+        }
+        self.lookup.anchor(key).ok().flatten().map(|row| row.serial)
+    }
+
+    fn as_sealed_before(&self, file: &FileAt<'_>) -> Result<Option<Located>, WalkError> {
+        let (Some(previous), Some(sealed_at)) = (file.previous, self.sealed_at[file.root]) else {
+            return Ok(None);
+        };
+        // Judged without the cache first: most changed files end here.
+        if Unchanged::judge(previous, file.stat, true, sealed_at).is_none() {
+            return Ok(None);
+        }
+        let size = file.stat.st_size.cast_unsigned();
+        let dirty = self.readings.dirty(file.fd, size).map_err(|e| WalkError::here("ask the cache of", e))?;
+        let clean = dirty == Some(false);
+        let Some(unchanged) = Unchanged::judge(previous, file.stat, clean, sealed_at) else {
+            return Ok(None);
+        };
+        if self.lookup.anchor(&unchanged.anchor())?.is_none_or(|row| row.domain != self.domain) {
+            return Ok(None);
+        }
+        Ok(Some(Located::at(Shown::Unchanged(unchanged))))
+    }
+
+    /// A file whose map was read and did not move. `None`: it moved now.
+    fn settled(
+        &self,
+        fd: BorrowedFd<'_>,
+        stat: &Stat,
+        reading: Reading,
+        room: &mut Room,
+    ) -> Result<Option<(Stat, Located)>, WalkError> {
+        let place = if reading.decides() { signature(&reading.layout) } else { None };
+        if let Some(place) = place {
+            let known = self.lookup.by_extents(self.domain, reading.layout.size, &place)?;
+            let slot = self.slot(&self.places, (reading.layout.size, place));
+            for anchor in [known, slot].into_iter().flatten() {
+                if let Some((stat, enclosed)) = self.enclose(anchor, fd, stat, &reading, room)? {
+                    return Ok(Some((stat, Located::at(Shown::Enclosed(enclosed)))));
+                }
+            }
+            if !self.content {
+                return self.make_or_wait(fd, stat, &reading, Name::Place(place), room);
+            }
+        }
+        self.by_content(fd, stat, reading, place, room)
+    }
+
+    /// What another thread made for this name, once it has.
+    fn slot<K: std::hash::Hash + Eq>(&self, slots: &Map<K, Slot>, name: K) -> Option<AnchorKey> {
+        let slot = Arc::clone(&*slots.get(&name)?);
+        *slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the file is at the place of an anchor. Where this is the anchor's first reading of this call, the file is read again after it.
+    fn enclose(
+        &self,
+        anchor: AnchorKey,
+        fd: BorrowedFd<'_>,
+        stat: &Stat,
+        reading: &Reading,
+        room: &mut Room,
+    ) -> Result<Option<(Stat, Enclosed<AnchorKey>)>, WalkError> {
+        let opened = match self.opened.get(&anchor).map(|o| Arc::clone(&*o)) {
+            Some(opened) => opened,
+            None => match self.open(anchor, reading.layout.size, room) {
+                Some(opened) => opened,
+                None => return Ok(None),
+            },
+        };
+        match opened.enclose(reading) {
+            Ok(enclosed) => Ok(Some((*stat, enclosed))),
+            Err(Unproven::Order) => {
+                let again = self.readings.read(fd, stat, &mut room.extents);
+                let (reading, stat) = again.map_err(|e| WalkError::here("read the extent map of", e))?;
+                Ok(opened.enclose(&reading).ok().map(|enclosed| (stat, enclosed)))
+            }
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// The first reading of an anchor. An anchor that can't be opened is none: the file gets one of its own.
+    fn open(&self, key: AnchorKey, size: u64, room: &mut Room) -> Option<Arc<Opened<AnchorKey>>> {
+        let anchor = self.protected(key, size)?;
+        let (reading, _) =
+            self.readings.read(anchor.file.as_fd(), &anchor.stat, &mut room.extents).ok()?;
+        let opened = Arc::new(Opened::new(key, reading).ok()?);
+        // Whoever came first: an earlier reading encloses more.
+        Some(Arc::clone(&*self.opened.entry(key).or_insert(opened)))
+    }
+
+    fn protected(&self, key: AnchorKey, size: u64) -> Option<Protected> {
+        let opened = self.store.open_anchor(self.domain, &key);
+        match opened.ok().map(|file| Protected::new(file, key, size)) {
+            Some(Ok(Some(anchor))) => Some(anchor),
+            _ => {
+                tracing::warn!(%key, "anchor is missing or damaged: `pagefold verify` tells more");
+                None
+            }
+        }
+    }
+
+    /// The last reading of an anchor.
+    pub fn close(&self, key: AnchorKey, room: &mut Room) -> Option<Closed<AnchorKey>> {
+        let opened = Arc::clone(&*self.opened.get(&key)?);
+        let anchor = self.protected(key, opened.size())?;
+        let (reading, _) =
+            self.readings.read(anchor.file.as_fd(), &anchor.stat, &mut room.extents).ok()?;
+        opened.close(&reading).ok()
+    }
+
+    /// Forgets where an anchor was: it has moved.
+    pub fn forget(&self, key: &AnchorKey) {
+        self.opened.remove(key);
+    }
+
+    /// The anchor with the file's bytes, or a new one.
+    fn by_content(
+        &self,
+        fd: BorrowedFd<'_>,
+        stat: &Stat,
+        reading: Reading,
+        place: Option<Signature>,
+        room: &mut Room,
+    ) -> Result<Option<(Stat, Located)>, WalkError> {
+        let size = reading.layout.size;
+        let cancel = self.progress.cancel_flag();
+        let hash = match self.reads.hash(fd, size, &mut room.bytes, cancel) {
+            Ok(hash) => hash,
+            Err(e) => return self.while_reading(fd, stat, e).map(|()| None),
+        };
+        if !self.held_still(fd, stat)? {
+            return Ok(None);
+        }
+        let known = self.lookup.by_content(self.domain, size, &hash)?;
+        let slot = self.slot(&self.contents, (size, hash));
+        for key in [known, slot].into_iter().flatten() {
+            let same = match self.compare(fd, key, size, place.is_some(), room) {
+                Ok(same) => same,
+                Err(e) => return self.while_reading(fd, stat, e).map(|()| None),
+            };
+            if let Some(same) = same {
+                if !self.held_still(fd, stat)? {
+                    return Ok(None);
+                }
+                return Ok(Some((*stat, Located { read: true, ..Located::at(Shown::Same(same)) })));
+            }
+        }
+        self.make_or_wait(fd, stat, &reading, Name::Content(hash), room)
+    }
+
+    /// A file that shrank while it was read moved; anything else is an error.
+    fn while_reading(&self, fd: BorrowedFd<'_>, stat: &Stat, error: io::Error) -> Result<(), WalkError> {
+        match error.kind() {
+            io::ErrorKind::Interrupted => Err(WalkError::Cancelled),
+            io::ErrorKind::UnexpectedEof if !self.held_still(fd, stat)? => Ok(()),
+            _ => Err(WalkError::here("read", error)),
+        }
+    }
+
+    /// Whether nothing was written since `stat`, when no page was dirty.
+    fn held_still(&self, fd: BorrowedFd<'_>, stat: &Stat) -> Result<bool, WalkError> {
+        let now = rustix::fs::fstat(fd).map_err(|e| WalkError::here("stat", e))?;
+        let dirty = self.readings.dirty(fd, stat.st_size.cast_unsigned());
+        let dirty = dirty.map_err(|e| WalkError::here("ask the cache of", e))?;
+        // Where that can't be known (before Linux 6.5) times alone must do: then a store through a mapping that was there before shows late.
+        Ok(stamp(&now) == stamp(stat) && dirty != Some(true))
+    }
+
+    fn compare(
+        &self,
+        fd: BorrowedFd<'_>,
+        key: AnchorKey,
+        size: u64,
+        may_share: bool,
+        room: &mut Room,
+    ) -> io::Result<Option<SameBytes>> {
+        // The file's bytes are still in `room.bytes` after hashing, for it was one chunk.
+        if size <= SMALL_BYTES_MAX && let Some(known) = self.small.get(&key) {
+            return Ok(SameBytes::compare_read(&room.bytes, key, &known));
+        }
+        let Some(anchor) = self.protected(key, size) else { return Ok(None) };
+        if self.content && may_share && let Some(same) = SameBytes::dedupe(fd, &anchor, size) {
+            return Ok(Some(same));
+        }
+        let cancel = self.progress.cancel_flag();
+        if size <= SMALL_BYTES_MAX {
+            let mut bytes = Vec::new();
+            self.reads.hash(anchor.file.as_fd(), size, &mut bytes, cancel)?;
+            let same = SameBytes::compare_read(&room.bytes, key, &bytes);
+            if self.small.len() < SMALL_MAX {
+                self.small.insert(key, bytes.into());
+            }
+            return Ok(same);
+        }
+        let rooms = (&mut room.bytes, &mut room.other);
+        SameBytes::compare(&self.reads, fd, &anchor, size, rooms, cancel)
+    }
+
+    /// Makes an anchor under a name that nobody else is making one for; else tries that one.
+    fn make_or_wait(
+        &self,
+        fd: BorrowedFd<'_>,
+        stat: &Stat,
+        reading: &Reading,
+        name: Name,
+        room: &mut Room,
+    ) -> Result<Option<(Stat, Located)>, WalkError> {
+        let size = reading.layout.size;
+        let slot = match name {
+            Name::Place(place) => Arc::clone(&*self.places.entry((size, place)).or_default()),
+            Name::Content(hash) => Arc::clone(&*self.contents.entry((size, hash)).or_default()),
+        };
+        let mut made = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if made.is_some() {
+            // Somebody was quicker. Whatever comes of that one, it is looked at from the start.
+            let other = *made;
+            drop(made);
+            return self.others(fd, stat, reading, other, name, room);
+        }
+        let Some((row, key, cloned, stat)) = self.make(fd, stat, name, room)? else { return Ok(None) };
+        let agrees = match name {
+            Name::Place(place) => row.signature == Some(place),
+            Name::Content(hash) => row.content == Some(hash),
+        };
+        *made = agrees.then_some(key);
+        drop(made);
+        // With --content an anchor is found by both its names.
+        if let (Name::Content(_), Some(place)) = (name, row.signature) {
+            let slot = Arc::clone(&*self.places.entry((size, place)).or_default());
+            slot.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(key);
+        }
+        self.made.insert(key, row);
+        let read = matches!(name, Name::Content(_));
+        Ok(Some((stat, Located { made: true, read, ..Located::at(Shown::Cloned(cloned)) })))
+    }
+
+    fn others(
+        &self,
+        fd: BorrowedFd<'_>,
+        stat: &Stat,
+        reading: &Reading,
+        other: Option<AnchorKey>,
+        name: Name,
+        room: &mut Room,
+    ) -> Result<Option<(Stat, Located)>, WalkError> {
+        let Some(key) = other else { return Ok(None) };
+        let (shown, stat) = match name {
+            Name::Place(_) => match self.enclose(key, fd, stat, reading, room)? {
+                Some((stat, enclosed)) => (Shown::Enclosed(enclosed), stat),
+                None => return Ok(None),
+            },
+            Name::Content(_) => {
+                // Hashed before: a file of one chunk is still in the room.
+                match self.compare(fd, key, reading.layout.size, false, room) {
+                    Ok(Some(same)) if self.held_still(fd, stat)? => (Shown::Same(same), *stat),
+                    Ok(_) => return Ok(None),
+                    Err(e) => return self.while_reading(fd, stat, e).map(|()| None),
+                }
+            }
+        };
+        let read = matches!(name, Name::Content(_));
+        Ok(Some((stat, Located { read, ..Located::at(shown) })))
+    }
+
+    /// Clones the file to a new anchor. `None`: the file moved meanwhile, there is no anchor.
+    #[expect(clippy::type_complexity, reason = "one caller")]
+    fn make(
+        &self,
+        fd: BorrowedFd<'_>,
+        before: &Stat,
+        name: Name,
+        room: &mut Room,
+    ) -> Result<Option<(AnchorRow, AnchorKey, Cloned, Stat)>, WalkError> {
+        let new = self.build.create_anchor()?;
+        let cloned = match Cloned::clone_to(fd, &new.file, new.key) {
+            Ok(cloned) => cloned,
+            Err(error) => {
+                new.discard();
+                return Err(WalkError::clone(error));
+            }
+        };
+        if !self.held_still(fd, before)? {
+            new.discard();
+            return Ok(None);
+        }
+        let content = match name {
+            Name::Content(hash) => Some(hash),
+            Name::Place(_) => None,
+        };
+        let (row, key) = self.finish(new, before.st_size.cast_unsigned(), content, room)?;
+        Ok(Some((row, key, cloned, *before)))
+    }
+
+    /// Reads a new anchor's map (its first reading of this call) and makes it immutable.
+    fn finish(
+        &self,
+        new: NewAnchor<'_>,
+        size: u64,
+        content: Option<ContentHash>,
+        room: &mut Room,
+    ) -> Result<(AnchorRow, AnchorKey), WalkError> {
+        let (key, serial) = (new.key, new.serial);
+        let stat = rustix::fs::fstat(&new.file).map_err(|e| WalkError::here("stat the anchor of", e))?;
+        let read = self.readings.read(new.file.as_fd(), &stat, &mut room.extents);
+        let (reading, _) = read.map_err(|e| WalkError::here("read the extent map of the anchor of", e))?;
+        let signature = if reading.decides() { signature(&reading.layout) } else { None };
+        new.finish()?;
+        // Nobody could write it before either: it is ours alone, and the descriptor that could is closed.
+        if let Ok(opened) = Opened::new(key, reading) {
+            self.opened.insert(key, Arc::new(opened));
+        }
+        let row = AnchorRow { serial, domain: self.domain, size, signature, content, borrowed: None };
+        Ok((row, key))
+    }
+
+    /// A file that somebody writes all the while: the bytes of one moment.
+    fn clone_anyway(&self, fd: BorrowedFd<'_>, room: &mut Room) -> Result<(Stat, Located), WalkError> {
+        let mut stat = rustix::fs::fstat(fd).map_err(|e| WalkError::here("stat", e))?;
+        let new = self.build.create_anchor()?;
+        let cloned = match Cloned::clone_to(fd, &new.file, new.key) {
+            Ok(cloned) => cloned,
+            Err(error) => {
+                new.discard();
+                return Err(WalkError::clone(error));
+            }
+        };
+        let settled = self.held_still(fd, &stat)?;
+        // Attributes from before the clone: a write after them shows as a change since the root was sealed. The size is that of the bytes.
+        let anchor = rustix::fs::fstat(&new.file).map_err(|e| WalkError::here("stat the anchor of", e))?;
+        stat.st_size = anchor.st_size;
+        if stat.st_size == 0 {
+            new.discard();
+            return Ok((stat, Located { unsettled: !settled, ..Located::at(Shown::Empty) }));
+        }
+        let (row, key) = self.finish(new, stat.st_size.cast_unsigned(), None, room)?;
+        self.made.insert(key, row);
+        Ok((stat, Located { made: true, unsettled: !settled, ..Located::at(Shown::Cloned(cloned)) }))
+    }
+}
+
+impl FileLook for Locator<'_> {
+    type Found = Located;
+    type Scratch = Room;
+
+    fn look(&self, file: FileAt<'_>, room: &mut Room) -> Result<(Stat, Located), WalkError> {
+        if let Some(located) = self.as_sealed_before(&file)? {
+            return Ok((*file.stat, located));
+        }
+        let mut before = *file.stat;
+        for _ in 0..TRIES {
+            if self.clone_only {
+                break;
+            }
+            if before.st_size == 0 {
+                return Ok((before, Located::at(Shown::Empty)));
+            }
+            let read = self.readings.read(file.fd, &before, &mut room.extents);
+            let (reading, after) = read.map_err(|e| WalkError::here("read the extent map of", e))?;
+            // Before Linux 6.5 nobody knows what is dirty: the bytes decide then.
+            let usable = reading.is_settled()
+                || (!reading.moved && reading.cache == pagefold_engine::layout::CacheState::Unknown);
+            if usable && let Some(found) = self.settled(file.fd, &after, reading, room)? {
+                return Ok(found);
+            }
+            before = rustix::fs::fstat(file.fd).map_err(|e| WalkError::here("stat", e))?;
+        }
+        self.clone_anyway(file.fd, room)
+    }
+}
