@@ -19,6 +19,7 @@ mod worker;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
+pub(crate) use guard::CacheGuard;
 use pagefold_sys::uring::Ring;
 
 use crate::source::{PageHash, ReadJob, ReadOptions, ReadOutcome};

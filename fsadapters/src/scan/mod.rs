@@ -25,6 +25,7 @@ use rustc_hash::FxHashMap;
 
 pub use notes::{NOTES_MAX, Note};
 pub use progress::{Phase, Progress};
+pub(crate) use report::as_text;
 pub use report::{Failure, RootReport, SCHEMA, ScanReport, Sizes, Skipped, TopDirectory, TopFile, path_text};
 
 use crate::source::{FileSource, FsError, ReadOptions};

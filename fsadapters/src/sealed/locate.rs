@@ -80,7 +80,8 @@ pub(crate) struct Locator<'a> {
     places: Map<(u64, Signature), Slot>,
     contents: Map<(u64, ContentHash), Slot>,
     small: Map<AnchorKey, Arc<[u8]>>,
-    made: Map<AnchorKey, AnchorRow>,
+    /// Made here, and whether it was told to be published.
+    made: Map<AnchorKey, (AnchorRow, bool)>,
     /// Set in the last round: no more proofs, only clones.
     pub clone_only: bool,
 }
@@ -119,15 +120,21 @@ impl<'a> Locator<'a> {
         }
     }
 
-    /// The row of an anchor made here.
-    pub fn made(&self, key: &AnchorKey) -> Option<AnchorRow> {
-        self.made.get(key).map(|row| row.clone())
+    /// Rows to publish with images that need `anchors`: of those made here, each once.
+    pub fn rows_of<'k>(&self, anchors: impl Iterator<Item = &'k AnchorKey>) -> Vec<(AnchorKey, AnchorRow)> {
+        let wanted: std::collections::BTreeSet<&AnchorKey> = anchors.collect();
+        let new = |key: &AnchorKey| {
+            let mut made = self.made.get_mut(key)?;
+            let told = std::mem::replace(&mut made.1, true);
+            (!told).then(|| (*key, made.0.clone()))
+        };
+        wanted.into_iter().filter_map(new).collect()
     }
 
     /// The number of an anchor.
     pub fn serial(&self, key: &AnchorKey) -> Option<u64> {
         if let Some(row) = self.made.get(key) {
-            return Some(row.serial);
+            return Some(row.0.serial);
         }
         self.lookup.anchor(key).ok().flatten().map(|row| row.serial)
     }
@@ -360,7 +367,7 @@ impl<'a> Locator<'a> {
             let slot = Arc::clone(&*self.places.entry((size, place)).or_default());
             slot.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(key);
         }
-        self.made.insert(key, row);
+        self.made.insert(key, (row, false));
         let read = matches!(name, Name::Content(_));
         Ok(Some((stat, Located { made: true, read, ..Located::at(Shown::Cloned(cloned)) })))
     }
@@ -464,7 +471,7 @@ impl<'a> Locator<'a> {
             return Ok((stat, Located { unsettled: !settled, ..Located::at(Shown::Empty) }));
         }
         let (row, key) = self.finish(new, stat.st_size.cast_unsigned(), None, room)?;
-        self.made.insert(key, row);
+        self.made.insert(key, (row, false));
         Ok((stat, Located { made: true, unsettled: !settled, ..Located::at(Shown::Cloned(cloned)) }))
     }
 }

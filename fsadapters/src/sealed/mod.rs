@@ -14,6 +14,7 @@
 //! byte). A view shows for every file bytes that the file held at one moment while it was sealed.
 
 pub mod assemble;
+mod bytes;
 pub mod commit;
 pub mod delta;
 pub mod gone;
@@ -21,10 +22,17 @@ pub mod idmap;
 pub mod image;
 pub mod image_mount;
 pub mod live;
+mod locate;
 pub mod mount;
+mod prove;
 pub mod raw;
+mod reading;
 mod refuse;
+pub mod report;
+pub mod seal;
 pub mod tree;
 pub mod upper;
 pub mod users;
 pub mod view_error;
+pub mod walk;
+mod xattrs;

@@ -152,7 +152,7 @@ impl WalkError {
         WalkError::Clone { path: PathBuf::new(), source }
     }
 
-    fn at(self, at: PathBuf) -> WalkError {
+    pub(crate) fn at(self, at: PathBuf) -> WalkError {
         match self {
             WalkError::Clone { source, .. } => WalkError::Clone { path: at, source },
             WalkError::Store(error) => WalkError::Store(error),

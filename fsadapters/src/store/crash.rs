@@ -40,6 +40,8 @@ pub const STEPS: &[&str] = &[
     "store.grave.unlinked",
     "store.gc.marked",
     // Seal.
+    "seal.walked",
+    "seal.written",
     // Mount, umount.
     // Commit.
     "commit.begun",

@@ -1,0 +1,235 @@
+//! A root before it is sealed: may it be, and what does the store know of it?
+//!
+//! Invariant: a root whose view is live, or whose upper holds changes, is not sealed again: the view would lose its lower or its
+//! writes. What it deliberately does not do: look at what is in the root.
+
+use std::collections::HashSet;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::fsid::{self, FsFacts};
+use crate::mountinfo::Mount;
+use crate::sealed::live::{self, UpperState};
+use crate::sealed::tree::EntryId;
+use crate::sealed::walk::{Previous, WalkError, WalkRoot};
+use crate::sealed::{image, raw, upper};
+use crate::store::manifest::{ManifestError, read_manifest};
+use crate::store::{DomainRow, RootRow, Store, StoreError};
+
+/// Why a root is not sealed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum RootError {
+    #[error("can't {op}: {source}")]
+    Io { op: &'static str, source: std::io::Error },
+    #[error("the same directory is given twice: sealed once")]
+    Twice,
+    #[error(
+        "{kind} can't share blocks between files: nothing to make anchors with. Roots must lie on XFS (with reflink) or btrfs"
+    )]
+    NoReflink { kind: String },
+    #[error("a mounted view or another overlay: give the raw root below it")]
+    Overlay,
+    #[error("it is on another file system than the store {store:?}: use one store for each file system (--store DIR)")]
+    OtherFs { store: PathBuf },
+    #[error("it is sealed in the domain number {0}: unseal it first to seal it in another")]
+    OtherDomain(u32),
+    #[error("its view is mounted or held by a process: unmount it first (`pagefold umount`)")]
+    Live,
+    #[error("its view has changes that the raw root has not: `pagefold commit` or `umount --discard` first")]
+    Changes,
+    #[error(transparent)]
+    Probe(#[from] live::ProbeError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Walk(#[from] WalkError),
+    #[error(transparent)]
+    Image(#[from] image::Refusal),
+    #[error(transparent)]
+    Upper(#[from] upper::UpperError),
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    #[error("{path:?} has the attribute {name}, which a view shows from Linux 6.7 on: remove it, or use a newer kernel")]
+    OverlayXattr { path: PathBuf, name: String },
+}
+
+impl RootError {
+    /// The host or the file system can't.
+    pub fn is_unsupported(&self) -> bool {
+        match self {
+            RootError::NoReflink { .. } => true,
+            RootError::Walk(WalkError::Clone { source, .. }) => {
+                matches!(source, crate::reflink::ReflinkError::Unsupported)
+            }
+            RootError::Store(StoreError::NoImmutable { .. }) => true,
+            _ => false,
+        }
+    }
+}
+
+/// An opened root.
+#[derive(Debug)]
+pub(crate) struct OpenRoot {
+    /// In the configuration.
+    pub index: usize,
+    pub path: PathBuf,
+    fd: Option<OwnedFd>,
+    pub inode: (u64, u64),
+    /// Its row when it was sealed before.
+    pub row: Option<RootRow>,
+    pub previous: Option<Previous>,
+    pub wanted_name: Option<String>,
+    pub name: String,
+    /// (device, inode) of the store.
+    pub store_inode: Option<(u64, u64)>,
+    /// When this sealing began, seconds since 1970.
+    pub began_at: i64,
+}
+
+impl OpenRoot {
+    /// When it was sealed last.
+    pub fn sealed_at(&self) -> Option<i64> {
+        self.row.as_ref().map(|row| row.sealed_at)
+    }
+
+    /// What a walk takes; given back by [`Self::walked`].
+    pub fn to_walk(&mut self) -> (OwnedFd, Option<Previous>) {
+        let fd = self.fd.take().expect("a root is walked once at a time");
+        (fd, self.previous.take())
+    }
+
+    pub fn walked(&mut self, back: WalkRoot) {
+        self.fd = Some(back.fd);
+        self.previous = back.previous;
+    }
+
+    /// The directory.
+    pub fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.fd.as_ref().expect("given back after the walk").as_fd()
+    }
+
+    /// The name it is known by: as wanted, as before, or its directory's with a number where that is taken.
+    pub fn choose_name(&mut self, taken: &mut HashSet<String>) {
+        if let Some(wanted) = &self.wanted_name {
+            self.name.clone_from(wanted);
+        } else if let Some(row) = &self.row {
+            self.name.clone_from(&row.name);
+        } else {
+            let base = self.path.file_name().map_or_else(|| "root".into(), |n| n.to_string_lossy());
+            let base: String = base.chars().map(|c| if c.is_control() { '_' } else { c }).collect();
+            let mut name = base.clone();
+            let mut number = 2;
+            while taken.contains(&name) {
+                name = format!("{base}-{number}");
+                number += 1;
+            }
+            self.name = name;
+        }
+        taken.insert(self.name.clone());
+    }
+}
+
+/// What all roots are held against.
+pub(crate) struct Known<'a> {
+    store: &'a Store,
+    domain: &'a DomainRow,
+    rows: Vec<RootRow>,
+    facts: FsFacts,
+    store_inode: (u64, u64),
+    mounts: Vec<Mount>,
+    began_at: i64,
+}
+
+impl<'a> Known<'a> {
+    pub fn of(store: &'a Store, domain: &'a DomainRow) -> Result<Self, StoreError> {
+        let facts = fsid::describe(store.dirfd())
+            .map_err(|e| StoreError::io("describe the file system of", store.dir(), e.source))?;
+        let stat = rustix::fs::fstat(store.dirfd()).map_err(|e| StoreError::io("stat", store.dir(), e))?;
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Ok(Known {
+            store,
+            domain,
+            rows: store.roots()?,
+            facts,
+            store_inode: (stat.st_dev, stat.st_ino),
+            mounts: crate::mountinfo::read().unwrap_or_default(),
+            began_at: now.map_or(0, |d| d.as_secs().cast_signed()),
+        })
+    }
+
+    /// Opens and checks the root at `path`; an error comes with the path as far as it was resolved.
+    pub fn open(&self, index: usize, path: &Path) -> Result<OpenRoot, (PathBuf, RootError)> {
+        let real = std::fs::canonicalize(path)
+            .map_err(|source| (path.to_owned(), RootError::Io { op: "find the root", source }))?;
+        self.open_real(index, &real).map_err(|error| (real, error))
+    }
+
+    fn open_real(&self, index: usize, path: &Path) -> Result<OpenRoot, RootError> {
+        self.store.check_root_path(path)?;
+        let row = self.rows.iter().find(|row| row.path == path).cloned();
+        let fd = match row.as_ref().and_then(|row| raw::open_raw_root_among(row, &self.mounts).ok()) {
+            // Below a view that is mounted in place.
+            Some(fd) => fd,
+            None => {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                rustix::fs::open(path, flags, Mode::empty())
+                    .map_err(|e| RootError::Io { op: "open the root", source: e.into() })?
+            }
+        };
+        let stat =
+            rustix::fs::fstat(&fd).map_err(|e| RootError::Io { op: "stat the root", source: e.into() })?;
+        self.check_fs(&fd)?;
+        let previous = row.as_ref().map_or(Ok(None), |row| self.sealed_before(row))?;
+        Ok(OpenRoot {
+            index,
+            path: path.to_owned(),
+            fd: Some(fd),
+            inode: (stat.st_dev, stat.st_ino),
+            row,
+            previous,
+            wanted_name: None,
+            name: String::new(),
+            store_inode: Some(self.store_inode),
+            began_at: self.began_at,
+        })
+    }
+
+    fn check_fs(&self, fd: &OwnedFd) -> Result<(), RootError> {
+        let facts = fsid::describe(fd.as_fd())
+            .map_err(|e| RootError::Io { op: "describe the file system of", source: e.source })?;
+        if facts.overlay.is_some() {
+            return Err(RootError::Overlay);
+        }
+        let kind = &facts.description.kind;
+        if kind != "xfs" && kind != "btrfs" {
+            return Err(RootError::NoReflink { kind: kind.clone() });
+        }
+        let of = |facts: &FsFacts| (facts.description.uuid, facts.description.instance);
+        if of(&facts) != of(&self.facts) {
+            return Err(RootError::OtherFs { store: self.store.dir().to_owned() });
+        }
+        Ok(())
+    }
+
+    /// The tree as it was sealed last, when it may be sealed again.
+    fn sealed_before(&self, row: &RootRow) -> Result<Option<Previous>, RootError> {
+        if row.domain != self.domain.id {
+            return Err(RootError::OtherDomain(row.domain));
+        }
+        let dir = self.store.root_dir(row.id, row.generation);
+        if live::probe(&dir, &self.store.dir().join("tmp"))? == UpperState::Live {
+            return Err(RootError::Live);
+        }
+        // Without it nobody can say whether the upper is as it was made.
+        let tree = read_manifest(&dir)?;
+        let top = &tree.inode(EntryId(0)).meta;
+        let pristine = upper::is_pristine(&dir, top);
+        if !pristine.map_err(|source| RootError::Io { op: "look into the upper of the view of", source })? {
+            return Err(RootError::Changes);
+        }
+        Ok(Previous::new(tree))
+    }
+}
