@@ -7,6 +7,7 @@ use crate::cmd_doctor::DoctorArgs;
 use crate::cmd_farm::FarmArgs;
 use crate::cmd_gc::GcArgs;
 use crate::cmd_mount::{MountArgs, UmountArgs};
+use crate::cmd_seal::SealArgs;
 use crate::cmd_shell::{CompletionsArgs, ManArgs};
 use crate::cmd_verify::VerifyArgs;
 use crate::scan_args::ScanArgs;
@@ -25,6 +26,8 @@ pub struct Cli {
 pub enum Command {
     /// Tell how much page cache directory trees waste on equal pages, and what merging would give back.
     Scan(ScanArgs),
+    /// Make sharing possible: anchors and an image for each container root.
+    Seal(SealArgs),
     /// Remove from a store what no root and no view needs.
     Gc(GcArgs),
     /// Compare a store with its index, and cached pages of anchors with the disk.

@@ -10,6 +10,7 @@ mod cmd_farm;
 mod cmd_farm_bench;
 mod cmd_gc;
 mod cmd_mount;
+mod cmd_seal;
 mod cmd_shell;
 mod cmd_verify;
 mod exit;
@@ -72,6 +73,7 @@ pub fn run_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<Exit> {
     match cli.command {
         Command::Scan(args) => run_scan(&args),
+        Command::Seal(args) => cmd_seal::run(&args),
         Command::Gc(args) => cmd_gc::run(&args),
         Command::Verify(args) => cmd_verify::run(&args),
         Command::Mount(args) => cmd_mount::run(&args),

@@ -219,8 +219,7 @@ impl<'a> Locator<'a> {
     /// The first reading of an anchor. An anchor that can't be opened is none: the file gets one of its own.
     fn open(&self, key: AnchorKey, size: u64, room: &mut Room) -> Option<Arc<Opened<AnchorKey>>> {
         let anchor = self.protected(key, size)?;
-        let (reading, _) =
-            self.readings.read(anchor.file.as_fd(), &anchor.stat, &mut room.extents).ok()?;
+        let (reading, _) = self.readings.read(anchor.file.as_fd(), &anchor.stat, &mut room.extents).ok()?;
         let opened = Arc::new(Opened::new(key, reading).ok()?);
         // Whoever came first: an earlier reading encloses more.
         Some(Arc::clone(&*self.opened.entry(key).or_insert(opened)))
@@ -241,8 +240,7 @@ impl<'a> Locator<'a> {
     pub fn close(&self, key: AnchorKey, room: &mut Room) -> Option<Closed<AnchorKey>> {
         let opened = Arc::clone(&*self.opened.get(&key)?);
         let anchor = self.protected(key, opened.size())?;
-        let (reading, _) =
-            self.readings.read(anchor.file.as_fd(), &anchor.stat, &mut room.extents).ok()?;
+        let (reading, _) = self.readings.read(anchor.file.as_fd(), &anchor.stat, &mut room.extents).ok()?;
         opened.close(&reading).ok()
     }
 
@@ -313,11 +311,16 @@ impl<'a> Locator<'a> {
         room: &mut Room,
     ) -> io::Result<Option<SameBytes>> {
         // The file's bytes are still in `room.bytes` after hashing, for it was one chunk.
-        if size <= SMALL_BYTES_MAX && let Some(known) = self.small.get(&key) {
+        if size <= SMALL_BYTES_MAX
+            && let Some(known) = self.small.get(&key)
+        {
             return Ok(SameBytes::compare_read(&room.bytes, key, &known));
         }
         let Some(anchor) = self.protected(key, size) else { return Ok(None) };
-        if self.content && may_share && let Some(same) = SameBytes::dedupe(fd, &anchor, size) {
+        if self.content
+            && may_share
+            && let Some(same) = SameBytes::dedupe(fd, &anchor, size)
+        {
             return Ok(Some(same));
         }
         let cancel = self.progress.cancel_flag();

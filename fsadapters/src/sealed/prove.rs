@@ -16,7 +16,7 @@ use rustix::io::Errno;
 
 use super::bytes::Bytes;
 use super::tree::{Data, Inode, Node};
-use crate::reflink::{self, Deduped, DedupeDest, ReflinkError};
+use crate::reflink::{self, DedupeDest, Deduped, ReflinkError};
 use crate::store::AnchorKey;
 
 /// Where a file's bytes were shown to be.
@@ -174,8 +174,8 @@ impl Unchanged {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sealed::walk::raw_facts;
     use crate::sealed::tree::Meta;
+    use crate::sealed::walk::raw_facts;
 
     #[test]
     fn only_an_old_clean_and_equal_file_is_unchanged() {

@@ -88,7 +88,8 @@ impl Readings {
         };
         let space = class.map(|class| AddressSpace { fs: FsId(0), class });
         let layout = Layout::from_extents(MapFacts { size, extents: room, space, cache, page: self.page });
-        let reading = Reading { began, ended: self.now(), layout, cache, moved: stamp(before) != stamp(&after) };
+        let reading =
+            Reading { began, ended: self.now(), layout, cache, moved: stamp(before) != stamp(&after) };
         Ok((reading, after))
     }
 

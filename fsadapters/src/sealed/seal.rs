@@ -23,6 +23,7 @@ mod close;
 mod root;
 mod write;
 
+pub use root::unsupported;
 use root::{OpenRoot, RootError};
 use write::Written;
 
@@ -62,7 +63,8 @@ pub fn seal(store: &Store, config: &SealConfig, progress: &Progress) -> Result<S
     let domain = store.ensure_domain(&config.domain)?;
     let mut session = Session::new(store, config, progress, &domain)?;
     let opened = session.open_roots()?;
-    let facts = fsid::describe(store.dirfd()).map_err(|e| StoreError::io("describe", store.dir(), e.source))?;
+    let facts =
+        fsid::describe(store.dirfd()).map_err(|e| StoreError::io("describe", store.dir(), e.source))?;
     let (build, lookup) = (store.build(&domain), store.lookup()?);
     let mut locator = Locator::new(store, &build, &lookup, Readings::new(&facts), progress);
     locator.domain = domain.id;

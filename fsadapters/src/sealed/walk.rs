@@ -175,12 +175,12 @@ pub fn walk<L: FileLook>(
 ) -> Vec<Result<Sketch<L::Found>, WalkError>> {
     let tasks = (0..roots.len()).rev().map(Task::Root).collect();
     let failed = roots.iter().map(|_| AtomicBool::new(false)).collect();
-    let shared = Shared { roots, look, progress, tasks: TaskStack::new(tasks), next: AtomicU32::new(0), failed };
+    let shared =
+        Shared { roots, look, progress, tasks: TaskStack::new(tasks), next: AtomicU32::new(0), failed };
     let mut gathered = assemble::Gathered::new(roots.len());
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads.max(1))
-            .map(|_| scope.spawn(|| worker::Worker::new(&shared).run()))
-            .collect();
+        let workers: Vec<_> =
+            (0..threads.max(1)).map(|_| scope.spawn(|| worker::Worker::new(&shared).run())).collect();
         for worker in workers {
             gathered.take(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         }

@@ -79,7 +79,8 @@ fn last_readings(walked: &[Walked], locator: &Locator<'_>, threads: usize) -> Cl
             scope.spawn(|| {
                 let mut room = Room::default();
                 while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let read: Vec<_> = task.iter().map(|key| (*key, locator.close(*key, &mut room))).collect();
+                    let read: Vec<_> =
+                        task.iter().map(|key| (*key, locator.close(*key, &mut room))).collect();
                     let mut closed = closed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                     closed.extend(read.into_iter().filter_map(|(key, read)| Some((key, read?))));
                 }
@@ -151,8 +152,7 @@ fn one_again(
     let xattrs = std::mem::take(&mut inode.meta.xattrs);
     inode.meta = meta(&stat, xattrs);
     inode.raw = raw_facts(&stat);
-    inode.node =
-        Node::File { size: inode.raw.size, data: crate::sealed::tree::Data::Empty };
+    inode.node = Node::File { size: inode.raw.size, data: crate::sealed::tree::Data::Empty };
     sketch.found[index] = Some(located);
     Ok(())
 }

@@ -32,7 +32,9 @@ pub(crate) enum RootError {
     NoReflink { kind: String },
     #[error("a mounted view or another overlay: give the raw root below it")]
     Overlay,
-    #[error("it is on another file system than the store {store:?}: use one store for each file system (--store DIR)")]
+    #[error(
+        "it is on another file system than the store {store:?}: use one store for each file system (--store DIR)"
+    )]
     OtherFs { store: PathBuf },
     #[error("it is sealed in the domain number {0}: unseal it first to seal it in another")]
     OtherDomain(u32),
@@ -52,7 +54,9 @@ pub(crate) enum RootError {
     Upper(#[from] upper::UpperError),
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    #[error("{path:?} has the attribute {name}, which a view shows from Linux 6.7 on: remove it, or use a newer kernel")]
+    #[error(
+        "{path:?} has the attribute {name}, which a view shows from Linux 6.7 on: remove it, or use a newer kernel"
+    )]
     OverlayXattr { path: PathBuf, name: String },
 }
 
@@ -132,6 +136,23 @@ impl OpenRoot {
     }
 }
 
+/// Why no root at `path` could be sealed on this file system; `None` when nothing speaks against it so far.
+#[must_use]
+pub fn unsupported(path: &Path) -> Option<String> {
+    let dir = std::fs::File::open(path).ok()?;
+    let facts = fsid::describe(dir.as_fd()).ok()?;
+    let error = kind_error(&facts)?;
+    error.is_unsupported().then(|| error.to_string())
+}
+
+fn kind_error(facts: &FsFacts) -> Option<RootError> {
+    if facts.overlay.is_some() {
+        return Some(RootError::Overlay);
+    }
+    let kind = &facts.description.kind;
+    (kind != "xfs" && kind != "btrfs").then(|| RootError::NoReflink { kind: kind.clone() })
+}
+
 /// What all roots are held against.
 pub(crate) struct Known<'a> {
     store: &'a Store,
@@ -200,12 +221,8 @@ impl<'a> Known<'a> {
     fn check_fs(&self, fd: &OwnedFd) -> Result<(), RootError> {
         let facts = fsid::describe(fd.as_fd())
             .map_err(|e| RootError::Io { op: "describe the file system of", source: e.source })?;
-        if facts.overlay.is_some() {
-            return Err(RootError::Overlay);
-        }
-        let kind = &facts.description.kind;
-        if kind != "xfs" && kind != "btrfs" {
-            return Err(RootError::NoReflink { kind: kind.clone() });
+        if let Some(error) = kind_error(&facts) {
+            return Err(error);
         }
         let of = |facts: &FsFacts| (facts.description.uuid, facts.description.instance);
         if of(&facts) != of(&self.facts) {

@@ -50,7 +50,8 @@ pub(super) fn write_all(
         Err(error) => {
             // One index: what fails for one fails for all. The first gets the error, the others its text.
             let text = error.to_string();
-            let other = || RootError::Io { op: "number the root", source: std::io::Error::other(text.clone()) };
+            let other =
+                || RootError::Io { op: "number the root", source: std::io::Error::other(text.clone()) };
             return group.into_iter().map(|walked| (walked.root, Err(other()))).collect();
         }
     };
@@ -94,7 +95,11 @@ fn write(
     check_xattrs(&tree)?;
     let generation = root.row.as_ref().map_or(0, |row| row.generation + 1);
     let unchanged = root.previous.as_ref().is_some_and(|previous| *previous.tree() == tree);
-    if unchanged && let Some(row) = &root.row && row.path == root.path && row.name == root.name {
+    if unchanged
+        && let Some(row) = &root.row
+        && row.path == root.path
+        && row.name == root.name
+    {
         let report = report(root, row, counts, (Outcome::Unchanged, 0, 0));
         return Ok(Written { image: None, row: None, report, unsettled });
     }
@@ -232,7 +237,8 @@ fn fill(sketch: Sketch<Located>) -> Result<Tree, WalkError> {
 /// Overlayfs gives a raw root's own `trusted.overlay.*` back only from Linux 6.7 on; before, they would be obeyed.
 fn check_xattrs(tree: &Tree) -> Result<(), RootError> {
     const OVERLAY: &[u8] = b"trusted.overlay.";
-    let has = |number: &u32| tree.inode(EntryId(*number)).meta.xattrs.iter().any(|x| x.0.starts_with(OVERLAY));
+    let has =
+        |number: &u32| tree.inode(EntryId(*number)).meta.xattrs.iter().any(|x| x.0.starts_with(OVERLAY));
     let Some(number) = (0..tree.entries.len() as u32).find(has) else { return Ok(()) };
     if kernel_version() >= (6, 7) {
         return Ok(());

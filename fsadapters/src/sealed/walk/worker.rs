@@ -21,7 +21,8 @@ use crate::sealed::xattrs::XattrBuffer;
 const FILES_PER_TASK: usize = 256;
 
 const MOUNT: &str = "something is mounted here: a view could not show it. Unmount it before sealing";
-const SUBVOLUME: &str = "a nested btrfs subvolume: a view could not show it as one. Seal it as a root of its own";
+const SUBVOLUME: &str =
+    "a nested btrfs subvolume: a view could not show it as one. Seal it as a root of its own";
 const STORE: &str = "the store is inside of this root: choose another place for it (--store DIR)";
 const NO_KINDS: &str = "the file system does not tell kinds of entries in its listings (made with ftype=0)";
 const DEEP: &str = "directories are nested deeper than 2048";
@@ -49,8 +50,7 @@ struct Opened {
 
 impl<'a, L: FileLook> Worker<'a, L> {
     pub fn new(shared: &'a Shared<'a, L>) -> Self {
-        let haul =
-            Haul { dirs: Vec::new(), children: Vec::new(), unsettled: Vec::new(), errors: Vec::new() };
+        let haul = Haul { dirs: Vec::new(), children: Vec::new(), unsettled: Vec::new(), errors: Vec::new() };
         Worker {
             shared,
             haul,
@@ -125,7 +125,8 @@ impl<'a, L: FileLook> Worker<'a, L> {
     }
 
     fn dir(&mut self, parent: &Arc<Node>, name: &[u8]) -> Result<(), WalkError> {
-        let fd = match open_in(parent.fd.as_fd(), OsStr::from_bytes(name), OFlags::RDONLY | OFlags::DIRECTORY) {
+        let fd = match open_in(parent.fd.as_fd(), OsStr::from_bytes(name), OFlags::RDONLY | OFlags::DIRECTORY)
+        {
             Ok(fd) => fd,
             // Gone, or something else now; then its directory changed and is listed again.
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(()),
