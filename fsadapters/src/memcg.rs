@@ -366,6 +366,22 @@ impl Drop for Entered {
     }
 }
 
+/// `Pss_File` of a process in bytes: its share of the file pages it has mapped; 0 when it is gone or may not be read.
+#[must_use]
+pub fn pss_file(process: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup")).unwrap_or_default();
+    kib_field(&text, "Pss_File:")
+}
+
+/// A line `Name:   123 kB` of a file in `/proc`, in bytes; 0 without one.
+#[must_use]
+pub fn kib_field(text: &str, name: &str) -> u64 {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
+        .unwrap_or(0)
+        * 1024
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -377,6 +393,13 @@ mod tests {
         let v2 = "anon 7\nfile 100\nkernel 55\nkernel_stack 5\nshmem 40\nfile_mapped 8\n";
         assert_eq!(parse_stat(v2, Version::V2), Charge { file: 60, anon: 7, kernel: 55 });
         assert_eq!(parse_stat("garbage\nfile x\n", Version::V2), Charge::default());
+    }
+
+    #[test]
+    fn lines_of_proc_are_understood() {
+        let text = "Slab:  12 kB\nPss:   1 kB\nPss_File:    34 kB\n";
+        assert_eq!(kib_field(text, "Pss_File:"), 34 << 10);
+        assert_eq!(kib_field(text, "Rss:"), 0);
     }
 
     #[test]

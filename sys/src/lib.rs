@@ -8,6 +8,7 @@ pub mod attr;
 pub mod btrfs;
 pub mod cache;
 pub mod fiemap;
+pub mod frames;
 pub mod handle;
 pub mod identity;
 mod ioc;

@@ -30,6 +30,7 @@ mod reading;
 mod refuse;
 pub mod report;
 pub mod seal;
+pub mod status;
 pub mod tree;
 pub mod upper;
 pub mod users;

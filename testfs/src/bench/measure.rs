@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pagefold_fsadapters::memcg::{Charge, Memcg};
+use pagefold_fsadapters::memcg::{Charge, Memcg, kib_field, pss_file};
 use rustix::fs::{FileType, Mode, OFlags};
 
 use super::BenchError;
@@ -39,7 +39,7 @@ pub(super) fn figures<'a>(
     for group in groups {
         charge += group.charge()?;
         for process in group.processes()? {
-            pss_file += pss_file_of(process);
+            pss_file += pss_file(process);
         }
     }
     Ok(Figures {
@@ -57,12 +57,6 @@ pub(super) fn settled_charge(group: &Memcg) -> Result<Charge, BenchError> {
     Ok(group.charge()?)
 }
 
-/// 0 when the process is gone.
-fn pss_file_of(process: u32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup")).unwrap_or_default();
-    kib_field(&text, "Pss_File:")
-}
-
 /// The host's slab, bytes.
 pub(super) fn slab() -> u64 {
     kib_field(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default(), "Slab:")
@@ -71,14 +65,6 @@ pub(super) fn slab() -> u64 {
 /// The host's memory that could be had without swapping, bytes.
 pub(super) fn available() -> u64 {
     kib_field(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemAvailable:")
-}
-
-/// A line `Name:   123 kB`, in bytes.
-fn kib_field(text: &str, name: &str) -> u64 {
-    text.lines()
-        .find_map(|line| line.strip_prefix(name)?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
-        .unwrap_or(0)
-        * 1024
 }
 
 /// Sums samples in milliseconds up.
@@ -186,13 +172,6 @@ pub(super) fn size_of(root: &Path, cancel: &AtomicBool) -> Result<TreeSize, Benc
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn lines_of_proc_are_understood() {
-        let text = "Slab:  12 kB\nPss:   1 kB\nPss_File:    34 kB\n";
-        assert_eq!(kib_field(text, "Pss_File:"), 34 << 10);
-        assert_eq!(kib_field(text, "Rss:"), 0);
-    }
 
     #[test]
     fn times_are_told_in_order() {

@@ -1,0 +1,103 @@
+//! From an inode number that a view shows to the anchor behind it.
+//!
+//! With `xino=on` overlayfs composes its numbers of the layer (upper bits) and the layer's own number, and keeps them when a
+//! file is copied up. The layer's own number is an image's, and there the extended attribute that overlayfs follows names the
+//! anchor. So one walk of each mounted image serves all its views.
+
+use std::collections::HashMap;
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use crate::store::{AnchorKey, ImageDigest};
+
+/// Anchors by inode number of one image.
+#[derive(Debug, Default)]
+pub(super) struct ImageInodes(HashMap<u64, AnchorKey>);
+
+impl ImageInodes {
+    /// Walks the image mounted at `at`.
+    pub(super) fn read(at: &Path) -> std::io::Result<ImageInodes> {
+        let mut anchors = HashMap::new();
+        let mut stack = vec![at.to_owned()];
+        while let Some(dir) = stack.pop() {
+            for entry in std::fs::read_dir(&dir)? {
+                let entry = entry?;
+                let kind = entry.file_type()?;
+                if kind.is_dir() {
+                    stack.push(entry.path());
+                } else if kind.is_file()
+                    && let Some(key) = anchor_of(&entry.path())
+                {
+                    anchors.insert(entry.ino(), key);
+                }
+            }
+        }
+        Ok(ImageInodes(anchors))
+    }
+}
+
+fn anchor_of(path: &Path) -> Option<AnchorKey> {
+    let mut value = [0u8; 128];
+    let length = rustix::fs::lgetxattr(path, "trusted.overlay.redirect", &mut value[..]).ok()?;
+    let text = std::str::from_utf8(&value[..length]).ok()?;
+    AnchorKey::from_hex(&text.replace('/', ""))
+}
+
+/// Inode numbers of a view whose images are given from top to bottom.
+#[derive(Debug)]
+pub(super) struct ViewInodes<'a> {
+    layers: Vec<(&'a ImageInodes, PathBuf)>,
+}
+
+impl<'a> ViewInodes<'a> {
+    /// `None` when one of the images is not mounted.
+    pub(super) fn new(
+        digests: &[ImageDigest],
+        images: &'a HashMap<ImageDigest, ImageInodes>,
+        mounts: &Path,
+    ) -> Option<ViewInodes<'a>> {
+        let layer = |digest: &ImageDigest| Some((images.get(digest)?, mounts.join(digest.to_string())));
+        Some(ViewInodes { layers: digests.iter().map(layer).collect::<Option<_>>()? })
+    }
+
+    /// The anchor that a number shown by the view means.
+    pub(super) fn anchor(&self, shown: u64) -> Option<AnchorKey> {
+        let (layer, own) = split(shown, self.layers.len() as u64)?;
+        self.layers.get(layer)?.0.0.get(&own).copied()
+    }
+
+    /// The anchor that a path below the root had when it was sealed.
+    pub(super) fn sealed_number(&self, path: &Path) -> Option<(usize, u64)> {
+        self.layers.iter().enumerate().find_map(|(layer, (_, at))| {
+            std::fs::symlink_metadata(at.join(path)).ok().map(|meta| (layer, meta.ino()))
+        })
+    }
+
+    /// As [`Self::sealed_number`] speaks of it.
+    pub(super) fn number(&self, shown: u64) -> Option<(usize, u64)> {
+        split(shown, self.layers.len() as u64)
+    }
+}
+
+/// Layer (from the top) and its own number. File systems are numbered with the upper's as 0 (the anchors lie there too); the
+/// kernel takes as many top bits as they need, and one more (`ovl_map_dev_ino`, `ovl_fill_super`).
+fn split(shown: u64, images: u64) -> Option<(usize, u64)> {
+    let bits = images.checked_ilog2()? + 2;
+    let shift = 64 - bits;
+    let file_system = shown >> (shift + 1);
+    let own = shown & ((1 << shift) - 1);
+    Some((usize::try_from(file_system.checked_sub(1)?).ok()?, own))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_taken_apart() {
+        assert_eq!(split(1 << 63 | 36, 1), Some((0, 36)));
+        assert_eq!(split(36, 1), None, "a file of the upper");
+        assert_eq!(split(2 << 62 | 36, 2), Some((1, 36)));
+        assert_eq!(split(36, 0), None);
+    }
+}

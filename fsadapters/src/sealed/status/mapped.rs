@@ -1,0 +1,208 @@
+//! Which pages of which inodes of which mounts processes have mapped right now, page by page.
+//!
+//! `/proc/PID/maps` names device and inode of each mapping, `/proc/PID/pagemap` tells the pages that are present and still
+//! the file's own (a page that was copied on write is not). So a page counts once for a view however many of its processes
+//! map it, which sums of `Rss` can't tell.
+//!
+//! Invariant: only what was present at the moment of reading is counted; a process that ends meanwhile counts as far as it
+//! was read. What it deliberately does not do: stop anybody.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Pages of one inode, as disjoint ascending runs `first .. end`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PageSet(BTreeMap<u64, u64>);
+
+impl PageSet {
+    /// Adds pages `first .. end`.
+    pub fn add(&mut self, first: u64, end: u64) {
+        let (mut first, mut end) = (first, end);
+        if first >= end {
+            return;
+        }
+        // All runs that overlap or touch become one.
+        while let Some((&start, &stop)) = self.0.range(..=end).next_back() {
+            if stop < first {
+                break;
+            }
+            first = first.min(start);
+            end = end.max(stop);
+            self.0.remove(&start);
+        }
+        self.0.insert(first, end);
+    }
+
+    /// Adds all of `other`.
+    pub fn add_all(&mut self, other: &PageSet) {
+        other.0.iter().for_each(|(first, end)| self.add(*first, *end));
+    }
+
+    /// Number of pages.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.0.iter().map(|(first, end)| end - first).sum()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// Device as in `/proc/PID/maps`: major, minor.
+pub type Device = (u32, u32);
+
+/// What processes have mapped of the files on some devices.
+#[derive(Debug, Default)]
+pub struct Mapped {
+    /// By device and inode number.
+    pub pages: HashMap<(Device, u64), PageSet>,
+    /// Processes that have any, by device.
+    pub processes: HashMap<Device, Vec<u32>>,
+    /// Processes whose tables could not be read.
+    pub unreadable: u64,
+}
+
+/// Bits of a pagemap entry (Documentation/admin-guide/mm/pagemap.rst).
+const PRESENT: u64 = 1 << 63;
+const FILE_PAGE: u64 = 1 << 61;
+/// Entries read at once.
+const ENTRIES: usize = 8192;
+
+/// Reads the tables of all processes for mappings of files on `devices`.
+#[must_use]
+pub fn read(devices: &[Device], cancel: &AtomicBool) -> Mapped {
+    let mut mapped = Mapped::default();
+    if devices.is_empty() {
+        return mapped;
+    }
+    let Ok(list) = std::fs::read_dir("/proc") else { return mapped };
+    let processes = list.flatten().filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
+    for process in processes {
+        if cancel.load(Ordering::Relaxed) {
+            break;
+        }
+        if read_process(process, devices, &mut mapped).is_err() {
+            mapped.unreadable += 1;
+        }
+    }
+    mapped
+}
+
+/// A process that is gone is no error.
+fn read_process(process: u32, devices: &[Device], mapped: &mut Mapped) -> std::io::Result<()> {
+    let gone = |e: &std::io::Error| {
+        e.kind() == std::io::ErrorKind::NotFound
+            || e.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+    };
+    let mut text = Vec::new();
+    match File::open(format!("/proc/{process}/maps")).and_then(|mut f| f.read_to_end(&mut text)) {
+        Err(e) if gone(&e) => return Ok(()),
+        other => other?,
+    };
+    let mut areas = text.split(|b| *b == b'\n').filter_map(parse_area).filter(|a| devices.contains(&a.device));
+    let Some(first) = areas.next() else { return Ok(()) };
+    let pagemap = match File::open(format!("/proc/{process}/pagemap")) {
+        Err(e) if gone(&e) => return Ok(()),
+        other => other?,
+    };
+    for area in std::iter::once(first).chain(areas) {
+        let pages = mapped.pages.entry((area.device, area.inode)).or_default();
+        if present_pages(&pagemap, &area, pages).is_err() {
+            return Ok(());
+        }
+        let users = mapped.processes.entry(area.device).or_default();
+        if users.last() != Some(&process) {
+            users.push(process);
+        }
+    }
+    Ok(())
+}
+
+fn present_pages(pagemap: &File, area: &Area, pages: &mut PageSet) -> std::io::Result<()> {
+    let page = rustix::param::page_size() as u64;
+    let (mut at, end) = (area.start / page, area.end / page);
+    let mut file_page = area.offset / page;
+    let mut buffer = vec![0; ENTRIES * 8];
+    while at < end {
+        let count = (end - at).min(ENTRIES as u64);
+        let part = &mut buffer[..count as usize * 8];
+        pagemap.read_exact_at(part, at * 8)?;
+        for word in part.as_chunks::<8>().0 {
+            let entry = u64::from_ne_bytes(*word);
+            if entry & (PRESENT | FILE_PAGE) == PRESENT | FILE_PAGE {
+                pages.add(file_page, file_page + 1);
+            }
+            file_page += 1;
+        }
+        at += count;
+    }
+    Ok(())
+}
+
+/// A mapping of a file.
+#[derive(Debug, PartialEq, Eq)]
+struct Area {
+    start: u64,
+    end: u64,
+    offset: u64,
+    device: Device,
+    inode: u64,
+}
+
+/// A line `start-end perms offset major:minor inode path`.
+fn parse_area(line: &[u8]) -> Option<Area> {
+    let mut fields = line.split(|b| *b == b' ').map(|f| std::str::from_utf8(f).ok());
+    let (start, end) = fields.next()??.split_once('-')?;
+    let offset = fields.nth(1)??;
+    let (major, minor) = fields.next()??.split_once(':')?;
+    let inode: u64 = fields.next()??.parse().ok()?;
+    let hex = |t: &str| u64::from_str_radix(t, 16).ok();
+    let device = (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
+    let (start, end) = (hex(start)?, hex(end)?);
+    (inode != 0 && start < end).then_some(Area { start, end, offset: hex(offset)?, device, inode })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_join_whatever_the_order() {
+        let mut set = PageSet::default();
+        for page in [5, 3, 4, 9, 1, 4] {
+            set.add(page, page + 1);
+        }
+        assert_eq!(set, PageSet([(1, 2), (3, 6), (9, 10)].into()));
+        set.add(0, 20);
+        assert_eq!((set.len(), set), (20, PageSet([(0, 20)].into())));
+        let mut all = PageSet::default();
+        all.add(7, 7);
+        assert!(all.is_empty());
+    }
+
+    #[test]
+    fn lines_of_maps_are_understood() {
+        let line = b"7f00-8f00 r--p 00001000 fe:0a 1234                       /usr/lib/a b";
+        let want = Area { start: 0x7f00, end: 0x8f00, offset: 0x1000, device: (0xfe, 0x0a), inode: 1234 };
+        assert_eq!(parse_area(line), Some(want));
+        for bad in [&b""[..], b"x", b"1-2 r 0 0:0 0", b"2-1 r 0 0:1 1", b"1-2 r 0 zz:1 1"] {
+            assert_eq!(parse_area(bad), None);
+        }
+    }
+
+    #[test]
+    fn our_own_program_is_mapped() {
+        use std::os::unix::fs::MetadataExt;
+        let meta = std::fs::metadata("/proc/self/exe").expect("our program");
+        let device = (rustix::fs::major(meta.dev()), rustix::fs::minor(meta.dev()));
+        let mapped = read(&[device], &AtomicBool::new(false));
+        assert!(mapped.pages.get(&(device, meta.ino())).is_some_and(|p| !p.is_empty()));
+        assert!(mapped.processes[&device].contains(&std::process::id()));
+    }
+}
