@@ -9,6 +9,7 @@ use crate::cmd_gc::GcArgs;
 use crate::cmd_mount::{MountArgs, UmountArgs};
 use crate::cmd_seal::SealArgs;
 use crate::cmd_shell::{CompletionsArgs, ManArgs};
+use crate::cmd_status::StatusArgs;
 use crate::cmd_verify::VerifyArgs;
 use crate::scan_args::ScanArgs;
 
@@ -38,6 +39,8 @@ pub enum Command {
     Umount(UmountArgs),
     /// Make, remove and measure container farms: roots from one image with known differences.
     Farm(FarmArgs),
+    /// Tell what is sealed, what that can save, what is shared and what is saved now.
+    Status(StatusArgs),
     /// Tell what this kernel, user and file system can do.
     Doctor(DoctorArgs),
     /// Make a small farm on a file system of its own, scan it, print the report, remove everything again.

@@ -12,6 +12,7 @@ mod cmd_gc;
 mod cmd_mount;
 mod cmd_seal;
 mod cmd_shell;
+mod cmd_status;
 mod cmd_verify;
 mod exit;
 mod format;
@@ -80,6 +81,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Umount(args) => cmd_mount::run_umount(&args),
         Command::Farm(args) => cmd_farm::run(&args),
         Command::Doctor(args) => cmd_doctor::run(&args),
+        Command::Status(args) => cmd_status::run(&args),
         Command::Demo(args) => cmd_demo::run(&args),
         Command::Completions(args) => cmd_shell::completions(&args),
         Command::Man(args) => cmd_shell::man(&args),

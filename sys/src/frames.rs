@@ -51,8 +51,11 @@ impl Payers {
             for start in (first..first + pages).step_by(WINDOW_PAGES as usize) {
                 let count = WINDOW_PAGES.min(first + pages - start) as usize;
                 let bytes = count * page as usize;
-                let map =
-                    MmapOptions::new().offset(start * page).len(bytes).no_reserve_swap().map_raw_read_only(&fd)?;
+                let map = MmapOptions::new()
+                    .offset(start * page)
+                    .len(bytes)
+                    .no_reserve_swap()
+                    .map_raw_read_only(&fd)?;
                 // An error instead of a signal, should the file have become shorter.
                 map.advise_range(Advice::PopulateRead, 0, bytes)?;
                 for frame in self.frames(&map, count, page)? {

@@ -35,16 +35,16 @@ pub(super) fn figures<'a>(
     slab_before: u64,
 ) -> Result<Figures, BenchError> {
     std::thread::sleep(STAT_INTERVAL);
-    let (mut charge, mut pss_file) = (Charge::default(), 0);
+    let (mut charge, mut pss) = (Charge::default(), 0);
     for group in groups {
         charge += group.charge()?;
         for process in group.processes()? {
-            pss_file += pss_file(process);
+            pss += pss_file(process);
         }
     }
     Ok(Figures {
         page_cache_bytes: charge.file,
-        pss_file_bytes: pss_file,
+        pss_file_bytes: pss,
         anon_bytes: charge.anon,
         kernel_bytes: charge.kernel,
         slab_delta_bytes: slab().cast_signed() - slab_before.cast_signed(),

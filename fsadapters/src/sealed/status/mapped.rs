@@ -105,7 +105,8 @@ fn read_process(process: u32, devices: &[Device], mapped: &mut Mapped) -> std::i
         Err(e) if gone(&e) => return Ok(()),
         other => other?,
     };
-    let mut areas = text.split(|b| *b == b'\n').filter_map(parse_area).filter(|a| devices.contains(&a.device));
+    let mut areas =
+        text.split(|b| *b == b'\n').filter_map(parse_area).filter(|a| devices.contains(&a.device));
     let Some(first) = areas.next() else { return Ok(()) };
     let pagemap = match File::open(format!("/proc/{process}/pagemap")) {
         Err(e) if gone(&e) => return Ok(()),

@@ -158,8 +158,7 @@ impl Look<'_> {
         });
         let hidden = (!mounts.is_empty()).then(|| HiddenPaths::of(&written));
         let sites = self.sites.add_root(row.domain, &tree, hidden.as_ref(), self.page);
-        let raw_changes =
-            if self.config.quick { None } else { self.raw_changes(&row, &tree, all_mounts) };
+        let raw_changes = if self.config.quick { None } else { self.raw_changes(&row, &tree, all_mounts) };
         let status = RootStatus {
             id: row.id.0,
             name: row.name.clone(),
@@ -172,10 +171,7 @@ impl Look<'_> {
             shared_bytes: 0,
             resident_bytes: 0,
             target,
-            mounted: mounts
-                .iter()
-                .map(|m| MountedAt { path: m.at.clone(), process: m.process })
-                .collect(),
+            mounted: mounts.iter().map(|m| MountedAt { path: m.at.clone(), process: m.process }).collect(),
             processes: 0,
             mapped_bytes: 0,
             pss_file_bytes: 0,
@@ -206,9 +202,11 @@ impl Look<'_> {
 
     /// Residency of every anchor, and who is charged for it.
     fn anchors(&mut self) -> Option<Vec<Payer>> {
-        let mut charges = self.config.who_pays.then(payer::Charges::new).and_then(|opened| {
-            opened.map_err(|e| self.error(Path::new("/proc/kpagecgroup"), e)).ok()
-        });
+        let mut charges = self
+            .config
+            .who_pays
+            .then(payer::Charges::new)
+            .and_then(|opened| opened.map_err(|e| self.error(Path::new("/proc/kpagecgroup"), e)).ok());
         let mut errors = Vec::new();
         for (key, site) in &mut self.sites.0 {
             if self.cancel.load(Ordering::Relaxed) {
@@ -343,7 +341,8 @@ fn warnings(root: &Looked) -> Vec<String> {
         ));
     }
     if root.status.target.is_some() && root.mounts.is_empty() {
-        warnings.push(format!("the view of {name} is meant to be mounted and is not: `pagefold mount --all`"));
+        warnings
+            .push(format!("the view of {name} is meant to be mounted and is not: `pagefold mount --all`"));
     }
     warnings
 }

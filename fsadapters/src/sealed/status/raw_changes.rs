@@ -59,7 +59,5 @@ pub fn is_as_sealed(raw: BorrowedFd<'_>, path: &[u8], sealed: &Inode) -> bool {
     let Ok(now) = rustix::fs::statx(raw, path, flags, StatxFlags::BASIC_STATS) else { return false };
     let facts = &sealed.raw;
     let same_size = matches!(sealed.node, Node::Dir) || now.stx_size == facts.size;
-    now.stx_ino == facts.ino
-        && (now.stx_ctime.tv_sec, now.stx_ctime.tv_nsec) == facts.ctime
-        && same_size
+    now.stx_ino == facts.ino && (now.stx_ctime.tv_sec, now.stx_ctime.tv_nsec) == facts.ctime && same_size
 }

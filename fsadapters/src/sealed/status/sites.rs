@@ -52,11 +52,8 @@ impl Sites {
         let mut root = RootSites::default();
         for (index, inode) in tree.inodes.iter().enumerate() {
             let Node::File { size, data: Data::Anchor(key) } = &inode.node else { continue };
-            let site = self.0.entry(*key).or_insert(Use {
-                domain,
-                pages: size.div_ceil(page),
-                ..Use::default()
-            });
+            let site =
+                self.0.entry(*key).or_insert(Use { domain, pages: size.div_ceil(page), ..Use::default() });
             site.sites += 1;
             site.live_sites += u64::from(shown.as_ref().is_some_and(|shown| shown[index]));
             root.anchors.push(*key);
