@@ -23,7 +23,7 @@ use super::assemble::{Handover, Layers, SOURCE, overlay, overlay_with};
 use super::gone::GONE;
 use super::idmap::{IdMaps, Mapped};
 use super::live::{ProbeError, UpperState, probe};
-use super::raw::open_raw_root_among;
+use super::raw::open_named_root;
 use super::upper::{self, Discarded, UPPER, WORK};
 use super::users::{self, Watched};
 use super::view_error::{Busy, ViewError, failed};
@@ -164,7 +164,7 @@ impl<'a> Requests<'a> {
         {
             return Err(ViewError::AlreadyMounted { name: request.row.name.clone(), target: view.target });
         }
-        let raw = open_raw_root_among(request.row, &self.mounts)?;
+        let raw = open_named_root(request.row, &self.mounts)?;
         self.check_file_system(request.row, raw.as_fd())?;
         let stat = rustix::fs::fstat(&raw).map_err(failed("look at", &request.row.path))?;
         if stat.st_ctime > request.row.sealed_at {

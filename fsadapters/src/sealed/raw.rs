@@ -62,9 +62,22 @@ pub fn open_raw_root(row: &RootRow) -> Result<OwnedFd, RawError> {
 /// # Errors
 /// [`RawError`].
 pub fn open_raw_root_among(row: &RootRow, mounts: &[Mount]) -> Result<OwnedFd, RawError> {
+    open_first(row, &candidates(&row.path, mounts))
+}
+
+/// Opens the raw root through the mount that its path leads to and no other: that mount's flags are the root's.
+///
+/// # Errors
+/// [`RawError`].
+pub(super) fn open_named_root(row: &RootRow, mounts: &[Mount]) -> Result<OwnedFd, RawError> {
+    let candidates = candidates(&row.path, mounts);
+    open_first(row, &candidates[..candidates.len().min(1)])
+}
+
+fn open_first(row: &RootRow, candidates: &[(PathBuf, PathBuf)]) -> Result<OwnedFd, RawError> {
     let mut error = RawError::Hidden(row.path.clone());
-    for (mount_point, below) in candidates(&row.path, mounts) {
-        match open_below(&mount_point, &below, row) {
+    for (mount_point, below) in candidates {
+        match open_below(mount_point, below, row) {
             Ok(fd) => return Ok(fd),
             Err(e @ RawError::Replaced { .. }) => error = e,
             Err(e) if matches!(error, RawError::Hidden(_)) => error = e,

@@ -70,9 +70,10 @@ impl Home {
     ) -> Result<Mounted, ViewError> {
         let target = self.at(name);
         fs::create_dir_all(&target).unwrap();
-        let mounted = patiently(|| mount_view(store, row, &target, options), |r| {
-            matches!(r, Err(ViewError::Live { .. }))
-        })?;
+        let mounted = patiently(
+            || mount_view(store, row, &target, options),
+            |r| matches!(r, Err(ViewError::Live { .. })),
+        )?;
         self.mounted.push(target);
         Ok(mounted)
     }
@@ -137,8 +138,7 @@ pub fn files(root: &Path) -> Vec<PathBuf> {
 
 /// The same tree with shared blocks.
 pub fn clone_tree(from: &Path, to: &Path) {
-    let status =
-        std::process::Command::new("cp").args(["-a", "--reflink=always"]).arg(from).arg(to).status();
+    let status = std::process::Command::new("cp").args(["-a", "--reflink=always"]).arg(from).arg(to).status();
     assert!(status.unwrap().success());
 }
 
@@ -211,7 +211,7 @@ pub fn odd_root(at: &Path) {
         rustix::fs::mknodat(&here, name, kind, Mode::from_raw_mode(0o640), rdev).unwrap();
     };
     node("null", FileType::CharacterDevice, rustix::fs::makedev(1, 3));
-    node("disk", FileType::BlockDevice, rustix::fs::makedev(259, 1_000_000));
+    node("disk", FileType::BlockDevice, rustix::fs::makedev(259, 200_000));
     node("fifo", FileType::Fifo, 0);
     node("socket", FileType::Socket, 0);
     attributes(at);
