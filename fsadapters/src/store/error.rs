@@ -105,11 +105,7 @@ pub enum StoreError {
         detail: String,
     },
     /// The index could not be read or written this time (I/O error, disk full). The last committed state holds.
-    #[error(
-        "can't use the index of the store {path:?}: {source}{}. What was committed before still holds; run the command again \
-             when the cause is gone",
-        database_hint(source)
-    )]
+    #[error("can't use the index of the store {path:?}: {source}{}", database_hint(source))]
     Index {
         /// The store.
         path: PathBuf,
@@ -188,8 +184,8 @@ fn hint(error: &io::Error) -> &'static str {
 
 fn database_hint(error: &redb::Error) -> &'static str {
     match error {
-        redb::Error::Io(e) => hint(e),
-        redb::Error::PreviousIo => " (an earlier error of this process; open the store again)",
-        _ => "",
+        redb::Error::Io(e) if !hint(e).is_empty() => hint(e),
+        redb::Error::PreviousIo => " (an earlier error of this process: run the command again)",
+        _ => " (what was committed before still holds; run the command again when the cause is gone)",
     }
 }

@@ -37,6 +37,8 @@ mod recovery;
 mod remove;
 pub mod rows;
 mod task;
+#[cfg(test)]
+mod tests;
 mod verify;
 
 pub use build::{Build, NewAnchor, Publication};

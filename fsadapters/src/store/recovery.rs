@@ -15,7 +15,7 @@ use super::crash::step;
 use super::error::StoreError;
 use super::index::{ANCHORS, BUILDING, DOMAINS, GENERATIONS, IMAGES};
 use super::key::{AnchorKey, ImageDigest, SealId};
-use super::open::{Store, anchor_name, root_name};
+use super::open::{Store, anchor_name, domain_name, root_name};
 use super::remove::{remove_tree, unlink_immutable};
 use super::rows::DomainRow;
 
@@ -23,6 +23,7 @@ pub(super) fn recover(store: &Store) -> Result<(), StoreError> {
     store.empty_graves()?;
     step("store.recover.graves");
     drop_orphaned_anchors(store)?;
+    drop_unnamed_domains(store)?;
     step("store.recover.anchors");
     empty_tmp(store)?;
     drop_orphaned_images(store)?;
@@ -76,6 +77,21 @@ fn drop_orphaned_anchors(store: &Store) -> Result<(), StoreError> {
         }
         Ok(())
     })
+}
+
+/// Directories of a domain that was never committed. `rmdir` only: a file in them keeps them.
+fn drop_unnamed_domains(store: &Store) -> Result<(), StoreError> {
+    let domains: Vec<DomainRow> = store.snapshot()?.rows(DOMAINS)?;
+    for name in store.names_in("anchors")? {
+        let number = std::str::from_utf8(&name).ok().and_then(|name| name.parse::<u32>().ok());
+        let Some(number) = number.filter(|n| !domains.iter().any(|d| d.id == *n)) else { continue };
+        let dir = domain_name(number);
+        for first in 0..=u8::MAX {
+            let _ = rustix::fs::unlinkat(&store.fd, format!("{dir}/{first:02x}"), AtFlags::REMOVEDIR);
+        }
+        let _ = rustix::fs::unlinkat(&store.fd, &dir, AtFlags::REMOVEDIR);
+    }
+    Ok(())
 }
 
 fn empty_tmp(store: &Store) -> Result<(), StoreError> {
