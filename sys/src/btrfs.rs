@@ -41,6 +41,21 @@ pub fn create_subvolume(dir: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
     Ok(())
 }
 
+const BTRFS_IOC_SUBVOL_SETFLAGS: u64 = ioc::iow::<u64>(0x94, 26);
+const _: () = assert!(BTRFS_IOC_SUBVOL_SETFLAGS == 0x4008_941a);
+const BTRFS_SUBVOL_RDONLY: u64 = 1 << 1;
+
+/// Makes the subvolume whose own directory is `dir` read-only: what `btrfs send` wants.
+///
+/// # Errors
+/// `EINVAL` where `dir` is not the directory of a subvolume, `ENOTTY` (not btrfs), `EPERM`, `EROFS`.
+pub fn set_read_only(dir: BorrowedFd<'_>) -> io::Result<()> {
+    let mut flags = BTRFS_SUBVOL_RDONLY;
+    // SAFETY: `_IOW` of exactly `u64`: the kernel reads 8 bytes and writes none.
+    unsafe { ioc::ioctl(dir, BTRFS_IOC_SUBVOL_SETFLAGS, &mut flags) }?;
+    Ok(())
+}
+
 /// What `BTRFS_IOC_GET_SUBVOL_INFO` says, as far as a store needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SubvolumeInfo {

@@ -16,6 +16,7 @@
 pub mod assemble;
 mod bytes;
 pub mod commit;
+pub mod copy_out;
 pub mod delta;
 pub mod gone;
 pub mod idmap;

@@ -22,7 +22,7 @@ pub mod error;
 pub mod inode;
 mod journal;
 mod judge;
-mod place;
+pub(super) mod place;
 mod plan;
 mod run;
 pub mod state;

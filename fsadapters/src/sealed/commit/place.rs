@@ -126,36 +126,18 @@ impl<'a> Placer<'a> {
         let dir = self.dir(dir_path)?;
         let number = self.number();
         let name = temp_name(self.run, number);
-        let built = self.fill_in(dir.as_fd(), &name, meta, kind, sources);
-        if built.is_err() {
-            discard(dir.as_fd(), &name, kind.is_dir());
-        }
-        Ok(Temp { number, built: built? })
-    }
-
-    fn fill_in(
-        &mut self,
-        dir: BorrowedFd<'_>,
-        name: &[u8],
-        meta: &Meta,
-        kind: &Kind,
-        sources: &Sources<'_>,
-    ) -> io::Result<Look> {
-        let (held, file) = make(dir, name, kind)?;
-        if let (Kind::File { size, bytes }, Some(file)) = (kind, &file)
-            && let Some(source) = sources.open(bytes, *size)?
-        {
-            match fill(source.as_fd(), file.as_fd(), *size)? {
-                true => self.shared_bytes += size,
-                false => self.copied_bytes += size,
+        match build_at(dir.as_fd(), &name, meta, kind, sources) {
+            Ok(built) => {
+                self.shared_bytes += built.shared_bytes;
+                self.copied_bytes += built.copied_bytes;
+                self.unsynced.extend(built.file);
+                Ok(Temp { number, built: built.look })
             }
-            if Look::of(file)?.size != *size {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "its data changed while it was read"));
+            Err(e) => {
+                discard(dir.as_fd(), &name, kind.is_dir());
+                Err(e)
             }
         }
-        held.apply(meta)?;
-        self.unsynced.extend(file);
-        Look::of(&held)
     }
 
     /// Another name, in `dir_path`, for what is at `from_name` of `from_dir`.
@@ -335,8 +317,45 @@ impl Op {
     }
 }
 
+/// An inode that was made.
+pub struct Built {
+    /// As it is now.
+    pub look: Look,
+    /// A regular file, open.
+    pub file: Option<OwnedFd>,
+    /// Bytes shared with where they come from.
+    pub shared_bytes: u64,
+    /// Bytes that had to be copied.
+    pub copied_bytes: u64,
+}
+
+/// Makes an inode of `kind` and `meta` with its bytes as `name` in `dir`; what is there after an error is the caller's to remove.
+pub fn build_at(
+    dir: BorrowedFd<'_>,
+    name: &[u8],
+    meta: &Meta,
+    kind: &Kind,
+    sources: &Sources<'_>,
+) -> io::Result<Built> {
+    let (held, file) = make(dir, name, kind)?;
+    let (mut shared_bytes, mut copied_bytes) = (0, 0);
+    if let (Kind::File { size, bytes }, Some(file)) = (kind, &file)
+        && let Some(source) = sources.open(bytes, *size)?
+    {
+        match fill(source.as_fd(), file.as_fd(), *size)? {
+            true => shared_bytes = *size,
+            false => copied_bytes = *size,
+        }
+        if Look::of(file)?.size != *size {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "its data changed while it was read"));
+        }
+    }
+    held.apply(meta)?;
+    Ok(Built { look: Look::of(&held)?, file, shared_bytes, copied_bytes })
+}
+
 /// Makes an empty inode of `kind` that nobody else may open yet; for regular files also opened for writing.
-pub fn make(dir: BorrowedFd<'_>, name: &[u8], kind: &Kind) -> io::Result<(Held, Option<OwnedFd>)> {
+fn make(dir: BorrowedFd<'_>, name: &[u8], kind: &Kind) -> io::Result<(Held, Option<OwnedFd>)> {
     let private = Mode::RUSR | Mode::WUSR;
     let node = |kind, device| rustix::fs::mknodat(dir, name, kind, private, device);
     let mut file = None;
