@@ -23,6 +23,7 @@ mod backend;
 mod build;
 mod codec;
 mod crash;
+mod destroy;
 mod error;
 mod gc;
 mod index;
@@ -43,6 +44,7 @@ mod verify;
 
 pub use build::{Build, NewAnchor, Publication};
 pub use crash::{STEPS, step};
+pub use destroy::remove_unfinished;
 pub use error::StoreError;
 pub use gc::GcReport;
 pub use key::{AnchorKey, ContentHash, ImageDigest, SealId, Signature, StoreId};
