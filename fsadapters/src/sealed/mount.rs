@@ -443,8 +443,21 @@ fn holders(device: &Watched, _target: &Path) -> Vec<String> {
     found.iter().map(ToString::to_string).collect()
 }
 
+/// The view of `row`, read-only and attached nowhere: what commit and export read. While the descriptor is held nobody can mount the
+/// view. [`release_images`] comes after it.
+///
+/// # Errors
+/// [`ViewError::Live`] when it is mounted anywhere; else as mounting fails.
+pub(super) fn detached_view(store: &Store, row: &RootRow) -> Result<OwnedFd, ViewError> {
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    assemble(store, row, attributes, &MountOptions::default())
+}
+
 /// Unmounts those images of `root` that no view in the index uses any more.
-fn release_images(store: &Store, root: &RootRow) -> Result<(), ViewError> {
+pub(super) fn release_images(store: &Store, root: &RootRow) -> Result<(), ViewError> {
     let mut used: BTreeSet<ImageDigest> = BTreeSet::new();
     for view in store.views()? {
         used.extend(store.root(view.root)?.layers);

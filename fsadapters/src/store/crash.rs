@@ -55,6 +55,14 @@ pub const STEPS: &[&str] = &[
     "commit.names.gone",
     "commit.dirs.finished",
     "commit.synced",
+    "commit.done",
+    "commit.sealed",
+    "commit.emptied",
+    "unseal.committed",
+    "unseal.removed",
+    "unseal.format.gone",
+    "unseal.emptied",
+    "export.filled",
     // Unseal, export.
 ];
 

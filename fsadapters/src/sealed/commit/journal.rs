@@ -31,6 +31,8 @@ pub enum Record {
         /// Metadata that it gives to directories, as [`meta_digest`].
         metas: Vec<(Vec<u8>, [u8; 16])>,
     },
+    /// The raw root shows all that the view showed, on disk. The last record, or it means nothing any more.
+    Done,
     /// A name is about to be changed.
     Op {
         /// The try.
@@ -56,6 +58,8 @@ pub struct Journal {
     pub built: FxHashMap<Vec<u8>, Vec<Look>>,
     /// What each temporary was for.
     pub temps: FxHashMap<(u64, u64), (Vec<u8>, Option<Look>)>,
+    /// Whether the last try ended well and none was begun since.
+    pub is_done: bool,
     /// Metadata that we gave to directories.
     metas: FxHashSet<(Vec<u8>, [u8; 16])>,
 }
@@ -76,6 +80,7 @@ impl Journal {
             touched: FxHashSet::default(),
             built: FxHashMap::default(),
             temps: FxHashMap::default(),
+            is_done: false,
             metas: FxHashSet::default(),
         };
         if text.len() < MAGIC.len() {
@@ -120,7 +125,9 @@ impl Journal {
     }
 
     fn learn(&mut self, record: Record) {
+        self.is_done = record == Record::Done;
         match record {
+            Record::Done => {}
             Record::Run { run, dirs, paths, metas } => {
                 self.runs.push((run, dirs));
                 self.touched.extend(paths);

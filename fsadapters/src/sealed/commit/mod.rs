@@ -145,7 +145,40 @@ pub fn apply(
         blocked: FxHashSet::default(),
     };
     run_state.run(run)?;
-    Ok(run_state.done)
+    let done = run_state.done;
+    if done.is_complete() {
+        journal.append(vec![journal::Record::Done]).map_err(|e| io("write", e))?;
+        crate::store::step("commit.done");
+    }
+    Ok(done)
+}
+
+/// What earlier commits of an upper came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Past {
+    /// None was begun.
+    None,
+    /// One was begun and did not end: the raw root holds a part.
+    Begun,
+    /// All that the upper held then is in the raw root.
+    Done,
+}
+
+/// Asks the journal at `path`.
+///
+/// # Errors
+/// It can't be read, or is none.
+pub fn past(path: &Path) -> Result<Past, CommitError> {
+    if !path.exists() {
+        return Ok(Past::None);
+    }
+    let journal = journal::Journal::open(path)
+        .map_err(|e| CommitError::Io { what: "open", path: path.to_owned(), source: e })?;
+    Ok(match (journal.is_empty(), journal.is_done) {
+        (true, _) => Past::None,
+        (_, true) => Past::Done,
+        _ => Past::Begun,
+    })
 }
 
 /// A number that no other try has.
