@@ -2,14 +2,17 @@
 
 use clap::{Parser, Subcommand};
 
+use crate::cmd_commit::CommitArgs;
 use crate::cmd_demo::DemoArgs;
 use crate::cmd_doctor::DoctorArgs;
+use crate::cmd_export::ExportArgs;
 use crate::cmd_farm::FarmArgs;
 use crate::cmd_gc::GcArgs;
 use crate::cmd_mount::{MountArgs, UmountArgs};
 use crate::cmd_seal::SealArgs;
 use crate::cmd_shell::{CompletionsArgs, ManArgs};
 use crate::cmd_status::StatusArgs;
+use crate::cmd_unseal::{UninstallArgs, UnsealArgs};
 use crate::cmd_verify::VerifyArgs;
 use crate::scan_args::ScanArgs;
 
@@ -37,6 +40,14 @@ pub enum Command {
     Mount(MountArgs),
     /// Unmount views; what was written in them is kept, committed or discarded.
     Umount(UmountArgs),
+    /// Bring what views wrote back into their raw roots.
+    Commit(CommitArgs),
+    /// Make a directory (or btrfs subvolume) of what a view shows now.
+    Export(ExportArgs),
+    /// Undo sealing: the raw roots stay, nothing else.
+    Unseal(UnsealArgs),
+    /// Tell whether anything on this host still depends on pagefold.
+    Uninstall(UninstallArgs),
     /// Make, remove and measure container farms: roots from one image with known differences.
     Farm(FarmArgs),
     /// Tell what is sealed, what that can save, what is shared and what is saved now.

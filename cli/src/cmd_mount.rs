@@ -275,7 +275,7 @@ fn after(args: &UmountArgs, store: &Store, done: &Unmounted) -> Extra {
         let gone = discard_writes(store, &row).map_err(|e| e.to_string())?;
         return Ok(format!("{} written entries were discarded", gone.entries));
     }
-    Err(format!("unmounted; now run: pagefold commit {}", human::path(&row.path)))
+    crate::cmd_commit::commit_one(store, &row)
 }
 
 fn unmounted_json(done: &Unmounted, extra: Extra) -> serde_json::Value {

@@ -4,8 +4,10 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod cmd_commit;
 mod cmd_demo;
 mod cmd_doctor;
+mod cmd_export;
 mod cmd_farm;
 mod cmd_farm_bench;
 mod cmd_gc;
@@ -13,6 +15,7 @@ mod cmd_mount;
 mod cmd_seal;
 mod cmd_shell;
 mod cmd_status;
+mod cmd_unseal;
 mod cmd_verify;
 mod exit;
 mod format;
@@ -79,6 +82,10 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Verify(args) => cmd_verify::run(&args),
         Command::Mount(args) => cmd_mount::run(&args),
         Command::Umount(args) => cmd_mount::run_umount(&args),
+        Command::Commit(args) => cmd_commit::run(&args),
+        Command::Export(args) => cmd_export::run(&args),
+        Command::Unseal(args) => cmd_unseal::run(&args),
+        Command::Uninstall(args) => cmd_unseal::run_uninstall(&args),
         Command::Farm(args) => cmd_farm::run(&args),
         Command::Doctor(args) => cmd_doctor::run(&args),
         Command::Status(args) => cmd_status::run(&args),

@@ -152,8 +152,7 @@ fn refuse_writers(store: &Store, row: &RootRow, (dev, ino): (u64, u64)) -> Resul
     let tree = Watched { path: row.path.clone(), dev, ino, whole_device: false };
     let found = users::find(&[tree], &inodes).map_err(|e| call("list", "/proc".as_ref(), e))?;
     let writes = |how: &Use| matches!(how, Use::Open(_) | Use::Mapped(_));
-    let writers: Vec<String> =
-        found.iter().filter(|u| writes(&u.how)).map(ToString::to_string).collect();
+    let writers: Vec<String> = found.iter().filter(|u| writes(&u.how)).map(ToString::to_string).collect();
     if writers.is_empty() {
         return Ok(());
     }

@@ -67,7 +67,8 @@ impl Opened {
         let Some(target) = target.filter(|t| view_at(&mounts, t).is_some()) else { return free };
         // A clone without what is mounted in the view, which is no part of it.
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let clone = open_tree(rustix::fs::CWD, &target, flags).map_err(|e| call("open the view at", &target, e))?;
+        let clone =
+            open_tree(rustix::fs::CWD, &target, flags).map_err(|e| call("open the view at", &target, e))?;
         Opened::around(store, row, clone, tree_of(store, row)?, true)
     }
 

@@ -17,7 +17,7 @@ use super::report::{Counts, Outcome, Phases, RootSeal, SEAL_SCHEMA, SKIPPED_MAX,
 use super::walk::{Sketch, WalkRoot, walk};
 use crate::fsid;
 use crate::scan::{Failure, Progress, Skipped};
-use crate::store::{DomainRow, Publication, Store, StoreError, step};
+use crate::store::{DomainRow, Publication, SealId, Store, StoreError, step};
 
 mod close;
 mod root;
@@ -43,6 +43,9 @@ pub struct SealConfig {
     pub content: bool,
     /// Threads, at least 1.
     pub threads: usize,
+    /// Roots whose uppers were just committed in whole: they may be sealed although their uppers are not empty. For commit only, which
+    /// holds the store's lock from the first to the last step.
+    pub committed: Vec<SealId>,
 }
 
 impl SealConfig {
@@ -50,7 +53,14 @@ impl SealConfig {
     #[must_use]
     pub fn new(roots: Vec<PathBuf>) -> SealConfig {
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        SealConfig { roots, name: None, domain: "default".into(), content: false, threads }
+        SealConfig {
+            roots,
+            name: None,
+            domain: "default".into(),
+            content: false,
+            threads,
+            committed: Vec::new(),
+        }
     }
 }
 
@@ -123,7 +133,7 @@ impl<'a> Session<'a> {
 
     fn open_roots(&mut self) -> Result<Vec<OpenRoot>, StoreError> {
         let mut opened: Vec<OpenRoot> = Vec::new();
-        let known = root::Known::of(self.store, self.domain)?;
+        let known = root::Known::of(self.store, self.domain, &self.config.committed)?;
         for (index, path) in self.config.roots.iter().enumerate() {
             match known.open(index, path) {
                 Ok(root) if opened.iter().any(|other| other.inode == root.inode) => {

@@ -172,8 +172,11 @@ pub fn past(path: &Path) -> Result<Past, CommitError> {
     if !path.exists() {
         return Ok(Past::None);
     }
-    let journal = journal::Journal::open(path)
-        .map_err(|e| CommitError::Io { what: "open", path: path.to_owned(), source: e })?;
+    let journal = journal::Journal::open(path).map_err(|e| CommitError::Io {
+        what: "open",
+        path: path.to_owned(),
+        source: e,
+    })?;
     Ok(match (journal.is_empty(), journal.is_done) {
         (true, _) => Past::None,
         (_, true) => Past::Done,

@@ -16,7 +16,7 @@ use crate::sealed::tree::EntryId;
 use crate::sealed::walk::{Previous, WalkError, WalkRoot};
 use crate::sealed::{image, raw, upper};
 use crate::store::manifest::{ManifestError, read_manifest};
-use crate::store::{DomainRow, RootRow, Store, StoreError};
+use crate::store::{DomainRow, RootRow, SealId, Store, StoreError};
 
 /// Why a root is not sealed.
 #[derive(Debug, thiserror::Error)]
@@ -162,10 +162,12 @@ pub(crate) struct Known<'a> {
     store_inode: (u64, u64),
     mounts: Vec<Mount>,
     began_at: i64,
+    /// Roots whose uppers were just committed in whole.
+    committed: &'a [SealId],
 }
 
 impl<'a> Known<'a> {
-    pub fn of(store: &'a Store, domain: &'a DomainRow) -> Result<Self, StoreError> {
+    pub fn of(store: &'a Store, domain: &'a DomainRow, committed: &'a [SealId]) -> Result<Self, StoreError> {
         let facts = fsid::describe(store.dirfd())
             .map_err(|e| StoreError::io("describe the file system of", store.dir(), e.source))?;
         let stat = rustix::fs::fstat(store.dirfd()).map_err(|e| StoreError::io("stat", store.dir(), e))?;
@@ -178,6 +180,7 @@ impl<'a> Known<'a> {
             store_inode: (stat.st_dev, stat.st_ino),
             mounts: crate::mountinfo::read().unwrap_or_default(),
             began_at: now.map_or(0, |d| d.as_secs().cast_signed()),
+            committed,
         })
     }
 
@@ -242,6 +245,9 @@ impl<'a> Known<'a> {
         }
         // Without it nobody can say whether the upper is as it was made.
         let tree = read_manifest(&dir)?;
+        if self.committed.contains(&row.id) {
+            return Ok(Previous::new(tree));
+        }
         let top = &tree.inode(EntryId(0)).meta;
         let pristine = upper::is_pristine(&dir, top);
         if !pristine.map_err(|source| RootError::Io { op: "look into the upper of the view of", source })? {
