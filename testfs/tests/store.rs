@@ -245,6 +245,9 @@ const BYTES: [u8; 10_000] = [7; 10_000];
 /// Where a child finds its store and what to clone.
 const CHILD: &str = "PAGEFOLD_TEST_STORE";
 
+/// The child seals from several threads.
+const CROWD: &str = "PAGEFOLD_TEST_CROWD";
+
 /// What a child does to a store, from nothing to nothing: all states that its crash may leave.
 const STATES: [&[&str]; 5] = [&[], &["a"], &["a", "b"], &["b"], &["b", "c"]];
 
@@ -261,11 +264,55 @@ fn life(dir: &Path) -> Result<(), StoreError> {
     Store::open(dir, OpenMode::Existing, "test child").map(drop)
 }
 
+/// Several seals at once in one process.
+fn crowd(dir: &Path) {
+    let roots = dir.parent().unwrap();
+    let store = open(dir);
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let store = &store;
+            scope.spawn(move || {
+                let file = File::open(roots.join("source")).unwrap();
+                for n in 0..4 {
+                    publish_one(store, roots, &format!("{thread}-{n}"), &file, 20).unwrap();
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn privileged_many_seals_at_once() {
+    for fs in FILE_SYSTEMS {
+        let rig = rig(fs, 400 << 20);
+        let dir = place(&rig, "all");
+        crowd(&dir);
+        let store = open(&dir);
+        assert_eq!(store.roots().unwrap().len(), 16);
+        let report = store.verify(&Task::default()).unwrap();
+        assert_eq!((&report.problems[..], report.anchors), (&[][..], 16 * 20));
+        drop(store);
+        for n in [1, 50, 150, 250] {
+            let dir = place(&rig, &n.to_string());
+            let crash = format!("store.anchor.finished:{n}");
+            let mut command = child(&dir);
+            assert!(!command.env(CROWD, "1").env("PAGEFOLD_CRASH_AT", &crash).status().unwrap().success());
+            let store = open(&dir);
+            assert_eq!(store.verify(&Task::default()).unwrap().problems, [], "{fs:?} {crash}");
+            assert!(store.roots().unwrap().len() < 16);
+        }
+    }
+}
+
 /// Not a test of its own: what the crash tests run in a process that dies.
 #[test]
 fn privileged_child() {
     if let Some(dir) = std::env::var_os(CHILD) {
-        life(Path::new(&dir)).unwrap();
+        if std::env::var_os(CROWD).is_some() {
+            crowd(Path::new(&dir));
+        } else {
+            life(Path::new(&dir)).unwrap();
+        }
     }
 }
 

@@ -106,6 +106,9 @@ impl Store {
         // Another process may have finished it while we waited.
         let unfinished = unfinished && place::read_format(&dir, &fd)?.is_none();
         if unfinished {
+            // An ACL's mask shows in the mode.
+            place::shed_inheritance(&fd);
+            rustix::fs::fchmod(&fd, Mode::RWXU).map_err(|e| StoreError::io("close", &dir, e))?;
             create_index(&dir, &fd)?;
         }
         let (index, identity) = open_index(&dir, &fd)?;

@@ -140,8 +140,6 @@ pub(super) fn make_dir(dir: &Path) -> Result<OwnedFd, StoreError> {
     rustix::fs::fchmod(&fd, Mode::RWXU).map_err(io)?;
     rustix::fs::fchown(&fd, Some(rustix::process::geteuid()), Some(rustix::process::getegid()))
         .map_err(io)?;
-    shed_inheritance(&fd);
-    rustix::fs::fchmod(&fd, Mode::RWXU).map_err(io)?;
     check_dir(dir, &fd)?;
     rustix::fs::fsync(&above).map_err(|e| StoreError::io("sync", parent, e))?;
     Ok(fd)
@@ -155,7 +153,7 @@ fn make_subvolume(above: &OwnedFd, name: &OsStr) -> std::io::Result<()> {
 
 /// Drops what the new directory got from the one above and would hand down to anchors. What the file system doesn't have
 /// can't be inherited: failures are no harm.
-fn shed_inheritance(fd: &OwnedFd) {
+pub(super) fn shed_inheritance(fd: &OwnedFd) {
     for name in [c"system.posix_acl_default", c"system.posix_acl_access"] {
         let _ = rustix::fs::fremovexattr(fd, name);
     }

@@ -1,7 +1,7 @@
 //! What a crash left behind goes at the next open.
 //!
 //! Invariant: only what is known never to have been published, or to have been given up by a commit, is removed: by reserved number, by
-//! mark, by grave. What can't be told is left alone and named by `verify`. A crash in here is fine: the next open starts over. What it
+//! mark, by grave. What resists is left for the next time: it is garbage, the store is whole. What can't be told is left alone and named by `verify`. A crash in here is fine: the next open starts over. What it
 //! deliberately does not do: run before the index has been believed.
 
 use std::collections::BTreeSet;
@@ -47,6 +47,7 @@ fn drop_orphaned_anchors(store: &Store) -> Result<(), StoreError> {
     let domains: Vec<DomainRow> = snapshot.rows(DOMAINS)?;
     let anchors = snapshot.table(ANCHORS)?;
     let damaged = |detail: String| StoreError::Damaged { path: store.dir.clone(), detail };
+    let mut resisted = false;
     for (first, end) in &ranges {
         if end.checked_sub(*first).is_none_or(|n| n > 1 << 24) {
             return Err(damaged(format!("a reservation from {first} to {end}")));
@@ -64,12 +65,18 @@ fn drop_orphaned_anchors(store: &Store) -> Result<(), StoreError> {
                 let name = anchor_name(domain.id, &key);
                 match unlink_immutable(&store.fd, &name) {
                     Ok(()) | Err(Errno::NOENT) => {}
-                    Err(e) => return Err(StoreError::io("remove", &store.dir.join(name), e)),
+                    Err(e) => {
+                        tracing::warn!("{name} is left for the next time: {e}");
+                        resisted = true;
+                    }
                 }
             }
         }
     }
     drop(snapshot);
+    if resisted {
+        return Ok(());
+    }
     rustix::fs::syncfs(&store.fd).map_err(|e| StoreError::io("sync the file system of", &store.dir, e))?;
     store.index.write(|txn| {
         for (first, _) in &ranges {
@@ -77,6 +84,13 @@ fn drop_orphaned_anchors(store: &Store) -> Result<(), StoreError> {
         }
         Ok(())
     })
+}
+
+/// What can't be removed now keeps nobody from using the store.
+fn log(result: Result<(), StoreError>) {
+    if let Err(e) = result {
+        tracing::warn!("left for the next time: {e}");
+    }
 }
 
 /// Directories of a domain that was never committed. `rmdir` only: a file in them keeps them.
@@ -100,8 +114,8 @@ fn empty_tmp(store: &Store) -> Result<(), StoreError> {
         let name = format!("tmp/{name}");
         match unlink_immutable(&store.fd, &name) {
             Ok(()) | Err(Errno::NOENT) => {}
-            Err(Errno::ISDIR | Errno::PERM) => remove_tree(store, &name)?,
-            Err(e) => return Err(StoreError::io("remove", &store.dir.join(name), e)),
+            Err(Errno::ISDIR | Errno::PERM) => log(remove_tree(store, &name)),
+            Err(e) => tracing::warn!("{name} is left for the next time: {e}"),
         }
     }
     Ok(())
@@ -126,7 +140,7 @@ fn drop_orphaned_images(store: &Store) -> Result<(), StoreError> {
         let path = super::open::image_name(&digest);
         match unlink_immutable(&store.fd, &path) {
             Ok(()) | Err(Errno::NOENT) => {}
-            Err(e) => return Err(StoreError::io("remove", &store.dir.join(path), e)),
+            Err(e) => tracing::warn!("{path} is left for the next time: {e}"),
         }
     }
     Ok(())
@@ -147,7 +161,7 @@ fn drop_unpublished_roots(store: &Store) -> Result<(), StoreError> {
             let Some(generation) = numbered(&generation, "g") else { continue };
             let name = root_name(SealId(id), generation);
             if !published.contains(&(id, generation)) && is_unpublished(store, &name) {
-                remove_tree(store, &name)?;
+                log(remove_tree(store, &name));
             }
         }
         // Fails while a generation is in it, as it should.

@@ -22,8 +22,11 @@ use crate::sealed::upper::is_pristine;
 
 const DIR_FLAGS: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
-/// Levels of directories in a tree that is removed; a view can't make more within `PATH_MAX` either, but openat can.
-const DEPTH_MAX: usize = 4096;
+/// Directories held open while a tree is removed. What lies deeper is moved up first: a view may nest without limit.
+const DEPTH_MAX: usize = 128;
+/// The level that it is moved up to: within `upper/` or `work/` for all that is removed here, and so of one project (a rename across
+/// project ids is refused).
+const DEPTH_TO: usize = 5;
 
 impl Store {
     /// Forgets a root and removes its uppers. Its image and anchors stay until [`Store::gc`].
@@ -124,9 +127,10 @@ impl Store {
         Ok(())
     }
 
-    /// Unlinks what commits have given up, then forgets it; how many things.
+    /// Unlinks what commits have given up, then forgets it; how many things. What resists stays given up, is tried again at every open
+    /// and by `gc`, and keeps nobody from using the store.
     pub(super) fn empty_graves(&self) -> Result<u64, StoreError> {
-        let graves = self.index.read(|read| {
+        let mut graves = self.index.read(|read| {
             let mut graves: Vec<Grave> = Vec::new();
             read.each(GRAVES, |bytes, ()| {
                 graves.push(read.decoded(bytes)?);
@@ -134,13 +138,19 @@ impl Store {
             })?;
             Ok(graves)
         })?;
+        let mut named = Vec::with_capacity(graves.len());
+        for grave in &graves {
+            named.push(self.is_named(grave)?);
+        }
+        let mut named = named.into_iter();
+        graves.retain(|grave| {
+            if named.next().unwrap_or(true) {
+                return true;
+            }
+            self.unlink(grave).inspect_err(|e| tracing::warn!("left for the next time: {e}")).is_ok()
+        });
         if graves.is_empty() {
             return Ok(0);
-        }
-        for grave in &graves {
-            if !self.is_named(grave)? {
-                self.unlink(grave)?;
-            }
         }
         step("store.grave.unlinked");
         // Forgotten only when gone for good.
@@ -243,10 +253,19 @@ pub(super) fn remove_tree_in(dir: &OwnedFd, shown: &Path, name: &str) -> Result<
     };
     // (directory, its own name in the one above): no recursion, whatever the depth.
     let mut open: Vec<(OwnedFd, std::ffi::CString)> = vec![(top, std::ffi::CString::default())];
+    let mut moved: u64 = 0;
     while let Some((at, _)) = open.last() {
         match empty_once(at).map_err(io)? {
             Some((below, below_name)) if open.len() < DEPTH_MAX => open.push((below, below_name)),
-            Some(_) => return Err(io(Errno::NAMETOOLONG)),
+            Some((_, below_name)) => {
+                let up = format!(".pagefold-removed-{moved}");
+                moved += 1;
+                match rustix::fs::renameat(at, &below_name, &open[DEPTH_TO].0, &up) {
+                    // A name of the tree's own: the next one then.
+                    Ok(()) | Err(Errno::EXIST | Errno::NOTEMPTY | Errno::NOTDIR) => {}
+                    Err(e) => return Err(io(e)),
+                }
+            }
             None => {
                 let (_, done) = open.pop().unwrap_or_else(|| unreachable!("it was just looked at"));
                 if let Some((above, _)) = open.last() {

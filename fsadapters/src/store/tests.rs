@@ -334,6 +334,34 @@ fn a_build_that_is_dropped_leaves_nothing() {
     assert_eq!(anchors, 0);
 }
 
+#[test]
+fn a_tree_of_any_depth_and_shape_is_removed_and_one_that_resists_blocks_nobody() {
+    let temp = temp();
+    let dir = temp.path().join("s");
+    let (store, row) = with_a_root(&dir);
+    let upper = store.root_dir(row.id, 1).join("upper");
+    fs::create_dir(&upper).unwrap();
+    let mut at = rustix::fs::open(&upper, rustix::fs::OFlags::DIRECTORY, rustix::fs::Mode::empty()).unwrap();
+    for n in 0..3000 {
+        // The name that a moved directory would get is taken, by a file and by a full directory.
+        for taken in [".pagefold-removed-0", ".pagefold-removed-1/x"].iter().filter(|_| n == 3) {
+            let _ = rustix::fs::mkdirat(&at, ".pagefold-removed-1", rustix::fs::Mode::RWXU);
+            rustix::fs::mknodat(&at, *taken, rustix::fs::FileType::RegularFile, rustix::fs::Mode::RUSR, 0)
+                .unwrap();
+        }
+        rustix::fs::mkdirat(&at, "d", rustix::fs::Mode::RWXU).unwrap();
+        rustix::fs::symlinkat("/", &at, "link").unwrap();
+        at = rustix::fs::openat(&at, "d", rustix::fs::OFlags::DIRECTORY, rustix::fs::Mode::empty()).unwrap();
+    }
+    drop(at);
+    assert!(matches!(store.remove_root(row.id), Err(StoreError::UpperNotEmpty { .. })));
+    store.discard_root(row.id).unwrap();
+    assert!(!upper.exists() && !store.dir().join("roots").join(row.id.to_string()).exists());
+    assert!(store.roots().unwrap().is_empty());
+    drop(store);
+    assert!(open(&dir).is_ok());
+}
+
 /// A small generator: a run is its seed.
 fn next(state: &mut u64) -> u64 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -366,7 +394,7 @@ fn a_damaged_index_is_told_or_harmless_and_never_touched() {
     let used = good.iter().rposition(|b| *b != 0).unwrap() + 1;
     let mut seed = 1;
     let (mut told, mut harmless) = (0, 0);
-    for round in 0..600 {
+    for round in 0..300 {
         let mut bad = good.clone();
         match round % 8 {
             0 => bad.truncate((next(&mut seed) % good.len() as u64) as usize),
@@ -407,7 +435,7 @@ fn a_damaged_index_is_told_or_harmless_and_never_touched() {
         }
         assert!(store_files_are_there(&dir, &row), "round {round}");
     }
-    assert!(told > 100 && harmless > 20, "{told} told, {harmless} harmless");
+    assert!(told > 50 && harmless > 10, "{told} told, {harmless} harmless");
     fs::write(&path, &good).unwrap();
     assert!(open(&dir).is_ok());
 }
