@@ -86,7 +86,8 @@ fn privileged_runc_lives_in_a_view() {
             "process": { "user": { "uid": 0, "gid": 0 }, "cwd": "/", "args": ["/bin/sh", "-c", WORK],
                          "env": ["PATH=/bin"] },
             "root": { "path": view, "readonly": false },
-            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" },
+                       { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"] }],
             "linux": { "namespaces": namespaces },
         });
         std::fs::write(bundle.join("config.json"), config.to_string()).expect("room on the rig");

@@ -54,14 +54,14 @@ impl Model {
         let mut model = Model::default();
         model.dirs.insert(PathBuf::new());
         for d in 0..4 {
-            model.dirs.insert(format!("d{d}").into());
+            model.dirs.insert(format!("dir{d}").into());
             for f in 0..10 {
                 let size = [0, 1, 700, 4096, 5000, 65_536, 300_001][random.below(7)];
                 let bytes = random.bytes(size);
-                model.add(format!("d{d}/f{f}").into(), bytes);
+                model.add(format!("dir{d}/f{f}").into(), bytes);
             }
         }
-        model.names.insert("d0/link".into(), model.names[Path::new("d1/f1")]);
+        model.names.insert("dir0/link".into(), model.names[Path::new("dir1/f1")]);
         model
     }
 
@@ -310,7 +310,7 @@ fn bystanders(rig: &ViewRig, stop: &AtomicBool) {
         let other = rig.path(&format!("other-{}", round % 3));
         let _ = fs::remove_dir_all(&other);
         must(Command::new("cp").args(["-a", "--reflink=always"]).arg(rig.path("image")).arg(&other));
-        fs::write(other.join("d0/own"), format!("{round}").repeat(3000)).expect("room on the rig");
+        fs::write(other.join("dir0/own"), format!("{round}").repeat(3000)).expect("room on the rig");
         done(&["seal".as_ref(), other.as_os_str()]);
         on_store(&["status"]);
         done(&["unseal".as_ref(), other.as_os_str()]);
@@ -332,8 +332,12 @@ fn stress(fs: RigFs, default_rounds: u64) {
     for name in names {
         must(Command::new("cp").args(["-a", "--reflink=always"]).arg(rig.path("image")).arg(rig.path(name)));
     }
-    let views = rig.views(&names);
     let mut models: Vec<Model> = names.iter().map(|_| image.clone()).collect();
+    // Two of them differ from the image a little before they are sealed.
+    for (model, name) in models.iter_mut().zip(names).skip(1) {
+        (0..4).for_each(|_| model.operate(&rig.path(name), &mut random));
+    }
+    let views = rig.views(&names);
     for round in 0..number("PAGEFOLD_STRESS_ROUNDS", default_rounds) {
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {

@@ -19,10 +19,12 @@ use crate::fsid;
 use crate::scan::{Failure, Progress, Skipped};
 use crate::store::{DomainRow, Publication, SealId, Store, StoreError, step};
 
+mod base;
 mod close;
 mod root;
 mod write;
 
+use base::Base;
 pub use root::unsupported;
 use root::{OpenRoot, RootError};
 use write::Written;
@@ -81,7 +83,10 @@ pub fn seal(store: &Store, config: &SealConfig, progress: &Progress) -> Result<S
     locator.content = config.content;
     let mut opened = opened.into_iter().peekable();
     while opened.peek().is_some() && !progress.is_cancelled() {
-        let group: Vec<OpenRoot> = opened.by_ref().take(GROUP).collect();
+        session.base = session.base.take().or_else(|| Base::choose(store, domain.id));
+        // The first root of a domain goes alone: the others are told by their differences from it.
+        let size = if session.base.is_some() { GROUP } else { 1 };
+        let group: Vec<OpenRoot> = opened.by_ref().take(size).collect();
         session.group(group, &mut locator)?;
     }
     session.cancelled(opened);
@@ -93,6 +98,8 @@ struct Session<'a> {
     config: &'a SealConfig,
     progress: &'a Progress,
     domain: &'a DomainRow,
+    /// What roots are told by their differences from.
+    base: Option<Base>,
     phases: Phases,
     /// By the roots' order in the configuration.
     roots: Vec<Option<RootSeal>>,
@@ -122,6 +129,7 @@ impl<'a> Session<'a> {
             config,
             progress,
             domain,
+            base: None,
             phases: Phases::default(),
             roots: vec![None; config.roots.len()],
             errors: Vec::new(),
@@ -188,7 +196,14 @@ impl<'a> Session<'a> {
         }
 
         let started = Instant::now();
-        let written = write::write_all(proved, locator, self.store, self.domain, self.config.threads);
+        let place = write::Place {
+            store: self.store,
+            domain: self.domain,
+            locator,
+            base: self.base.as_ref(),
+            split: proved.len() < self.config.threads,
+        };
+        let written = write::write_all(proved, place, self.config.threads);
         let mut good = Vec::new();
         for (root, result) in written {
             match result {

@@ -53,6 +53,8 @@ pub(crate) enum RootError {
     #[error(transparent)]
     Upper(#[from] upper::UpperError),
     #[error(transparent)]
+    Gone(#[from] crate::sealed::gone::GoneError),
+    #[error(transparent)]
     Manifest(#[from] ManifestError),
     #[error(
         "{path:?} has the attribute {name}, which a view shows from Linux 6.7 on: remove it, or use a newer kernel"

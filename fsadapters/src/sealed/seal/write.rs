@@ -5,8 +5,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Walked;
+use super::base::{Base, Difference};
 use super::root::{OpenRoot, RootError};
 use crate::scan::Skipped;
+use crate::sealed::gone;
 use crate::sealed::image::{self, BuiltImage};
 use crate::sealed::locate::{Located, Locator};
 use crate::sealed::prove::Shown;
@@ -28,24 +30,24 @@ pub(super) struct Written {
 
 /// Where everything goes.
 #[derive(Clone, Copy)]
-struct Place<'a> {
-    store: &'a Store,
-    domain: &'a DomainRow,
-    locator: &'a Locator<'a>,
+pub(super) struct Place<'a> {
+    pub store: &'a Store,
+    pub domain: &'a DomainRow,
+    pub locator: &'a Locator<'a>,
+    /// What roots may be told by their differences from.
+    pub base: Option<&'a Base>,
     /// Image and manifest of one root at the same time.
-    split: bool,
+    pub split: bool,
 }
 
 /// Writes all of a group, several at a time.
 pub(super) fn write_all(
     group: Vec<Walked>,
-    locator: &Locator<'_>,
-    store: &Store,
-    domain: &DomainRow,
+    place: Place<'_>,
     threads: usize,
 ) -> Vec<(OpenRoot, Result<Written, RootError>)> {
     let new = group.iter().filter(|walked| walked.root.row.is_none()).count() as u64;
-    let mut ids = match store.new_seal_ids(new) {
+    let mut ids = match place.store.new_seal_ids(new) {
         Ok(ids) => ids.into_iter(),
         Err(error) => {
             // One index: what fails for one fails for all. The first gets the error, the others its text.
@@ -55,7 +57,6 @@ pub(super) fn write_all(
             return group.into_iter().map(|walked| (walked.root, Err(other()))).collect();
         }
     };
-    let place = Place { store, domain, locator, split: group.len() < threads };
     let tasks: Vec<Mutex<Option<(Walked, SealId)>>> = group
         .into_iter()
         .map(|walked| {
@@ -104,13 +105,23 @@ fn write(
         return Ok(Written { image: None, row: None, report, unsettled });
     }
     let build = place.locator.build;
-    let image = || -> Result<BuiltImage, RootError> {
-        let built = image::build(&tree)?;
+    let difference = place.base.and_then(|base| base.difference(&tree));
+    let image = || -> Result<Images, RootError> {
+        let (built, base) = match (&difference, place.base) {
+            (Some(Difference::None), Some(base)) => return Ok(Images { own: None, base: Some(base.digest) }),
+            (Some(Difference::Some(delta)), Some(base)) => {
+                (image::build_over(&delta.tree, base.digest)?, Some(base.digest))
+            }
+            _ => (image::build(&tree)?, None),
+        };
         build.write_image(&built.digest, &built.bytes)?;
-        Ok(built)
+        Ok(Images { own: Some(built), base })
     };
     let rest = || -> Result<u64, RootError> {
         let dir = build.make_root_dir(id, generation)?;
+        if let Some(Difference::Some(delta)) = &difference {
+            gone::write(&dir, &delta.gone)?;
+        }
         upper::prepare(&dir, &tree, root.fd())?;
         let serial = |key: &_| place.locator.serial(key);
         Ok(write_manifest(&dir, &tree, Some(&Numbers { store: place.store.id(), of: &serial }))?)
@@ -124,13 +135,29 @@ fn write(
     } else {
         (image(), rest())
     };
-    let (image, manifest_bytes) = (image?, rest?);
-    let row = row(root, id, generation, place.domain.id, counts, vec![image.digest]);
-    let bytes = image.bytes.len() as u64;
+    let (images, manifest_bytes) = (image?, rest?);
+    let row = row(root, id, generation, place.domain.id, counts, images.layers());
+    let bytes = images.own.as_ref().map_or(0, |image| image.bytes.len() as u64);
     let report = report(root, &row, counts, (Outcome::Sealed, bytes, manifest_bytes));
-    let image_row =
-        ImageRow { domain: place.domain.id, bytes, entries: image.entries, anchors: image.anchors };
-    Ok(Written { image: Some((image.digest, image_row)), row: Some(row), report, unsettled })
+    let image_row = |image: BuiltImage| {
+        let row = ImageRow { domain: place.domain.id, bytes, entries: image.entries, anchors: image.anchors };
+        (image.digest, row)
+    };
+    Ok(Written { image: images.own.map(image_row), row: Some(row), report, unsettled })
+}
+
+/// What a root's view is made of.
+struct Images {
+    /// Its own: of all of it, or of the differences from `base`.
+    own: Option<BuiltImage>,
+    /// One that is published already.
+    base: Option<ImageDigest>,
+}
+
+impl Images {
+    fn layers(&self) -> Vec<ImageDigest> {
+        self.own.as_ref().map(|image| image.digest).into_iter().chain(self.base).collect()
+    }
 }
 
 fn row(

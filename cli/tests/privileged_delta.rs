@@ -1,0 +1,87 @@
+//! Clones that differ a little are sealed as differences from one image, and their views show exactly their roots.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::view::{ViewRig, done, must};
+use pagefold_testfs::rig::RigFs;
+
+/// (mode, owner, size, links, mtime, bytes) of everything below `root`; directories without size and links.
+type Shown = BTreeMap<PathBuf, (u32, u32, u64, u64, (i64, i64), Vec<u8>)>;
+
+fn shown(root: &Path) -> Shown {
+    let (mut all, mut todo) = (Shown::new(), vec![root.to_owned()]);
+    while let Some(dir) = todo.pop() {
+        for entry in fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display())) {
+            let path = entry.expect("readable").path();
+            let meta = path.symlink_metadata().expect("there");
+            let (size, links) = if meta.is_dir() { (0, 0) } else { (meta.len(), meta.nlink()) };
+            let bytes = if meta.is_file() { fs::read(&path).expect("readable") } else { Vec::new() };
+            if meta.is_dir() {
+                todo.push(path.clone());
+            }
+            let short = path.strip_prefix(root).expect("below").to_owned();
+            all.insert(
+                short,
+                (meta.mode(), meta.uid(), size, links, (meta.mtime(), meta.mtime_nsec()), bytes),
+            );
+        }
+    }
+    all
+}
+
+fn drifted_views_show_their_roots(fs: RigFs) {
+    let rig = ViewRig::new(fs);
+    let one = rig.make_dir("one");
+    for n in 0..200u32 {
+        let dir = one.join(format!("dir{}", n % 8));
+        fs::create_dir_all(&dir).expect("room on the rig");
+        fs::write(dir.join(format!("f{n}")), n.to_le_bytes().repeat(1500)).expect("room on the rig");
+    }
+    fs::hard_link(one.join("dir0/f0"), one.join("dir1/link")).expect("room on the rig");
+    for clone in ["two", "three"] {
+        must(Command::new("cp").args(["-a", "--reflink=always"]).arg(&one).arg(rig.path(clone)));
+    }
+    let two = rig.path("two");
+    fs::write(two.join("dir2/f2"), b"changed").expect("room on the rig");
+    fs::remove_file(two.join("dir3/f3")).expect("there");
+    fs::remove_dir_all(two.join("dir7")).expect("there");
+    fs::write(two.join("dir4/new"), b"new").expect("room on the rig");
+    fs::set_permissions(two.join("dir5"), fs::Permissions::from_mode(0o701)).expect("own");
+    fs::write(two.join("dir1/link"), b"both names").expect("room on the rig");
+    let paths = ["one", "two", "three"].map(|n| rig.path(n).into_os_string());
+    let args: Vec<_> = ["seal", "--format", "json"].map(Into::into).into_iter().chain(paths).collect();
+    let report: serde_json::Value = serde_json::from_str(&done(&args)).expect("JSON");
+    let layers = |n: usize| report["roots"][n]["layers"].as_array().expect("layers").clone();
+    assert_eq!((layers(0).len(), layers(1).len(), layers(2).len()), (1, 2, 1), "{report}");
+    assert_eq!((&layers(1)[1], &layers(2)[0]), (&layers(0)[0], &layers(0)[0]));
+    for name in ["one", "two", "three"] {
+        let view = rig.make_dir(&format!("view-{name}"));
+        done(&["mount".as_ref(), rig.path(name).as_os_str(), view.as_os_str()]);
+        assert_eq!(shown(&view), shown(&rig.path(name)), "{fs:?} {name}");
+    }
+    // Written, committed, sealed again: still a difference from the same image, and still right.
+    let view = rig.path("view-two");
+    fs::write(view.join("dir0/f0"), b"through the first name").expect("room on the rig");
+    fs::rename(view.join("dir4/f4"), view.join("dir4/moved")).expect("one overlay");
+    let before = shown(&view);
+    done(&["umount".as_ref(), view.as_os_str(), "--commit".as_ref()]);
+    assert_eq!(shown(&two), before, "{fs:?} committed");
+    done(&["mount".as_ref(), two.as_os_str(), view.as_os_str()]);
+    assert_eq!(shown(&view), before, "{fs:?} mounted again");
+}
+
+#[test]
+fn privileged_drifted_views_show_their_roots_on_xfs() {
+    drifted_views_show_their_roots(RigFs::Xfs);
+}
+
+#[test]
+fn privileged_drifted_views_show_their_roots_on_btrfs() {
+    drifted_views_show_their_roots(RigFs::Btrfs);
+}

@@ -1,0 +1,61 @@
+//! The image that other roots of a domain are told by their differences from (see [`crate::sealed::delta`]).
+//!
+//! Invariant: a base is an image of a whole root that is published, and the tree is that root's. What it deliberately does not do:
+//! look for the best base. Clones of one image differ little from each other, and any of them will do.
+
+use std::collections::HashMap;
+
+use crate::sealed::delta::{Delta, delta};
+use crate::sealed::tree::Tree;
+use crate::store::manifest::read_manifest;
+use crate::store::{ImageDigest, RootRow, Store};
+
+/// A delta of more than this part of the tree gains little and costs directories that must be merged.
+const WORTH_IT: usize = 4;
+
+/// A published image and the tree it shows.
+pub(super) struct Base {
+    pub digest: ImageDigest,
+    tree: Tree,
+}
+
+/// How a tree differs from a base.
+pub(super) enum Difference {
+    /// Not at all, but for the root directory's own metadata, which no image holds.
+    None,
+    /// A little.
+    Some(Delta),
+}
+
+impl Base {
+    /// The image of a whole root that most roots of the domain stand on. `None`: there is none, or its manifest can't be read
+    /// (then roots get images of their own; `verify` tells what is damaged).
+    pub fn choose(store: &Store, domain: u32) -> Option<Base> {
+        let roots: Vec<RootRow> = store.roots().ok()?.into_iter().filter(|r| r.domain == domain).collect();
+        let mut uses: HashMap<ImageDigest, usize> = HashMap::new();
+        for digest in roots.iter().filter_map(|r| r.layers.last()) {
+            *uses.entry(*digest).or_default() += 1;
+        }
+        let whole = |root: &&RootRow| root.layers.len() == 1;
+        let best =
+            roots.iter().filter(whole).max_by_key(|r| (uses[&r.layers[0]], std::cmp::Reverse(r.id)))?;
+        match read_manifest(&store.root_dir(best.id, best.generation)) {
+            Ok(tree) => Some(Base { digest: best.layers[0], tree }),
+            Err(error) => {
+                tracing::warn!(root = %best.id, %error, "not used as a base");
+                None
+            }
+        }
+    }
+
+    /// What `tree` has that this has not; `None` where that is not worth an image of its own kind.
+    pub fn difference(&self, tree: &Tree) -> Option<Difference> {
+        let delta = delta(&self.tree, tree)?;
+        // The root itself is always in it.
+        if delta.tree.entries.len() == 1 && delta.gone.is_empty() {
+            return Some(Difference::None);
+        }
+        let size = delta.tree.entries.len() + delta.gone.len();
+        (size <= tree.entries.len() / WORTH_IT).then_some(Difference::Some(delta))
+    }
+}
