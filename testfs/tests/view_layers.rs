@@ -108,6 +108,10 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
+#[path = "commit_support/snapshot.rs"]
+mod snapshot;
+use snapshot::{Seen, Snapshot, differences, take};
+
 const KEY: AnchorKey = AnchorKey([0xab; 32]);
 
 fn small() -> Tree {
@@ -247,6 +251,170 @@ fn privileged_owners_are_mapped_in_the_view_and_not_on_disk() {
             assert_eq!((below.uid(), below.gid()), (0, 0), "{path}");
         }
         assert_eq!(fs::metadata(root_dir.join("upper/ab")).unwrap().uid(), 1000);
+        drop(mount);
+        image_mount::unmounted(&place.mounts(), image.digest).unwrap();
+    }
+}
+
+/// Numbers that only look random.
+struct Dice(blake3::OutputReader);
+
+impl Dice {
+    fn new(seed: u64) -> Dice {
+        Dice(blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof())
+    }
+
+    fn number(&mut self) -> u64 {
+        let mut bytes = [0; 8];
+        self.0.fill(&mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.number() % n
+    }
+
+    fn bytes(&mut self, length: u64) -> Vec<u8> {
+        let mut bytes = vec![0; length as usize];
+        self.0.fill(&mut bytes);
+        bytes
+    }
+
+    /// Anything that a name or a link may hold.
+    fn text(&mut self, length: u64) -> Box<[u8]> {
+        self.bytes(length).into_iter().map(|b| if matches!(b, 0 | b'/') { b'_' } else { b }).collect()
+    }
+
+    fn xattrs(&mut self) -> Vec<(Box<[u8]>, Box<[u8]>)> {
+        let (count, length) = match self.below(20) {
+            0 => (240, 60),
+            1 => (3, 65_535),
+            2 => (1, 65_535),
+            3 => (60, 4000),
+            4..12 => (3, 40),
+            _ => (0, 0),
+        };
+        let mut all = std::collections::BTreeMap::new();
+        for _ in 0..self.below(count + 1) {
+            let prefix = ["user.", "trusted.", "security.", "trusted.overlay."][self.below(4) as usize];
+            let most = if self.below(8) == 0 { 200 } else { 8 };
+            let letters = 1 + self.below(most);
+            let rest: String = (0..letters).map(|_| (b'a' + self.below(26) as u8) as char).collect();
+            let value = self.below(length + 1);
+            // Equal values on many inodes are kept once in an image.
+            let value = if self.below(3) == 0 { vec![b'v'; value as usize] } else { self.bytes(value) };
+            all.insert(format!("{prefix}{rest}").into_bytes().into_boxed_slice(), value.into_boxed_slice());
+        }
+        all.into_iter().collect()
+    }
+
+    fn meta(&mut self) -> Meta {
+        let times = [0, 1, -1, -1 << 31, 1 << 31, (1 << 33) + 5, self.below(1 << 32) as i64];
+        let owners = [0, 1, 65_535, 65_536, u32::MAX - 1];
+        Meta {
+            mode: self.below(0o10000) as u32,
+            uid: owners[self.below(5) as usize],
+            gid: owners[self.below(5) as usize],
+            mtime: (times[self.below(7) as usize], self.below(1_000_000_000) as u32),
+            xattrs: self.xattrs(),
+        }
+    }
+
+    fn node(&mut self) -> Node {
+        match self.below(12) {
+            0..4 => Node::Dir,
+            4..7 => Node::File { size: 5, data: Data::Anchor(KEY) },
+            7 => Node::File { size: 0, data: Data::Empty },
+            8 => {
+                let length = if self.below(2) == 0 { 1 + self.below(60) } else { 1 + self.below(4095) };
+                Node::Symlink(self.text(length))
+            }
+            9 => Node::CharDevice(1 + self.below(u64::from(u32::MAX))),
+            10 => Node::BlockDevice(self.below(1 << 32)),
+            _ => [Node::Fifo, Node::Socket][self.below(2) as usize].clone(),
+        }
+    }
+
+    fn tree(&mut self) -> Tree {
+        let mut tree = tree(&Meta { xattrs: Vec::new(), mode: 0o755, ..meta((1, 1)) }, &[]);
+        let mut dirs = vec![EntryId(0)];
+        for index in 1..20 + self.below(300) as u32 {
+            let parent = dirs[self.below(dirs.len() as u64) as usize];
+            // Unique by its number; two hex digits at first, as the writer's own whiteouts have.
+            let length = if self.below(10) == 0 { self.below(250) } else { self.below(9) };
+            let name = [format!("{index:02x}").as_bytes(), &self.text(length)].concat();
+            let another = InodeIndex(self.below(u64::from(index)) as u32);
+            let link = self.below(8) == 0
+                && tree.inodes.get(another.0 as usize).is_some_and(|i| i.node != Node::Dir);
+            let inode = if link { another } else { InodeIndex(tree.inodes.len() as u32) };
+            if !link {
+                let (node, mut meta) = (self.node(), self.meta());
+                if node == Node::Dir {
+                    dirs.push(EntryId(index));
+                } else if !matches!(node, Node::File { .. }) {
+                    // The kernel lets only files and directories have these.
+                    meta.xattrs.retain(|(name, _)| !name.starts_with(b"user."));
+                }
+                tree.inodes.push(Inode { meta, raw: RawFacts::default(), node });
+            }
+            tree.entries.push(Entry { parent, name: name.into(), inode });
+        }
+        tree
+    }
+}
+
+/// What a view of `tree` must show.
+fn expected(tree: &Tree) -> Snapshot {
+    let mut names: std::collections::HashMap<u32, Vec<Vec<u8>>> = std::collections::HashMap::new();
+    for (index, entry) in tree.entries.iter().enumerate() {
+        names.entry(entry.inode.0).or_default().push(tree.path(EntryId(index as u32)));
+    }
+    let mut all = Snapshot::new();
+    for (number, mut paths) in names {
+        paths.sort();
+        let inode = &tree.inodes[number as usize];
+        let (kind, size, rdev, target) = match &inode.node {
+            Node::Dir => (0o040_000, 0, 0, vec![]),
+            Node::File { size, .. } => (0o100_000, *size, 0, vec![]),
+            Node::Symlink(target) => (0o120_000, target.len() as u64, 0, target.to_vec()),
+            Node::Fifo => (0o010_000, 0, 0, vec![]),
+            Node::Socket => (0o140_000, 0, 0, vec![]),
+            Node::CharDevice(rdev) => (0o020_000, 0, *rdev, vec![]),
+            Node::BlockDevice(rdev) => (0o060_000, 0, *rdev, vec![]),
+        };
+        let bytes: &[u8] = if size == 0 { b"" } else { b"hello" };
+        let is_dir = inode.node == Node::Dir;
+        for path in &paths {
+            let seen = Seen {
+                mode: kind | inode.meta.mode,
+                owner: (inode.meta.uid, inode.meta.gid),
+                size,
+                mtime: (inode.meta.mtime.0, inode.meta.mtime.1.into()),
+                rdev,
+                target: target.clone(),
+                xattrs: inode.meta.xattrs.iter().map(|(n, v)| (n.to_vec(), v.to_vec())).collect(),
+                hash: (kind == 0o100_000).then(|| blake3::hash(bytes)),
+                links: if is_dir { (path.clone(), 0) } else { (paths[0].clone(), paths.len() as u64) },
+            };
+            all.insert(path.clone(), seen);
+        }
+    }
+    all
+}
+
+#[test]
+fn privileged_what_an_image_holds_a_view_shows() {
+    let rig = rig(RigFs::Btrfs);
+    let place = Place::new(&rig);
+    place.anchor(KEY, b"hello");
+    for seed in 0..30 {
+        let tree = Dice::new(seed).tree();
+        let image = place.image(&tree);
+        let root_dir = place.root_dir(&format!("r{seed}"), &tree);
+        let mount = overlay(&place.layers(&root_dir, &image), MountAttrFlags::empty()).unwrap();
+        let differ = differences(&expected(&tree), &take(&inside(&mount)), true);
+        let shown: Vec<String> = differ.iter().take(3).map(|d| d.chars().take(600).collect()).collect();
+        assert!(differ.is_empty(), "seed {seed}: {} differ: {shown:#?}", differ.len());
         drop(mount);
         image_mount::unmounted(&place.mounts(), image.digest).unwrap();
     }

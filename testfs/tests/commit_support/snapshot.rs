@@ -80,7 +80,8 @@ fn xattrs(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut all = Vec::new();
     for name in names[..length].split(|b| *b == 0).filter(|n| !n.is_empty()) {
         let mut value = vec![0; 1 << 16];
-        let length = rustix::fs::lgetxattr(path, name, &mut value[..]).unwrap();
+        let length = rustix::fs::lgetxattr(path, name, &mut value[..])
+            .unwrap_or_else(|e| panic!("{path:?} {:?}: {e}", String::from_utf8_lossy(name)));
         value.truncate(length);
         all.push((name.to_vec(), value));
     }
