@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Args;
 use pagefold_fsadapters::mountinfo;
 use pagefold_fsadapters::sealed::idmap::IdMaps;
@@ -20,6 +20,7 @@ use pagefold_fsadapters::store::{OpenMode, RootRow, Store};
 use crate::exit::Exit;
 use crate::format::Format;
 use crate::human;
+use crate::store_arg::StoreArg;
 
 /// Arguments of `pagefold mount`.
 #[derive(Debug, Args)]
@@ -56,9 +57,8 @@ pub struct MountArgs {
     /// Although processes use the root.
     #[arg(long)]
     force: bool,
-    /// The store; found from ROOT by default.
-    #[arg(long, value_name = "DIR")]
-    store: Option<PathBuf>,
+    #[command(flatten)]
+    store: StoreArg,
     /// How to write the report.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
@@ -83,9 +83,8 @@ pub struct UmountArgs {
     /// Throw away what was written.
     #[arg(long)]
     discard: bool,
-    /// The store; found from TARGET by default.
-    #[arg(long, value_name = "DIR")]
-    store: Option<PathBuf>,
+    #[command(flatten)]
+    store: StoreArg,
     /// How to write the report.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
@@ -107,15 +106,10 @@ pub fn run(args: &MountArgs) -> anyhow::Result<Exit> {
 }
 
 fn open_store(args: &MountArgs) -> anyhow::Result<Store> {
-    let dir = match (&args.store, &args.root, &args.at) {
-        (Some(dir), ..) => dir.clone(),
-        (None, Some(root), _) => Store::default_dir(root)
-            .with_context(|| format!("mount {}", human::path(root)))
-            .context("name the store with --store DIR, or the root by its path")?,
-        (None, None, Some(at)) => Store::default_dir(at)?,
-        (None, None, None) => bail!("mount --restore: name the store with --store DIR"),
-    };
-    Ok(Store::open(&dir, OpenMode::Existing, "pagefold mount")?)
+    // A name is no path: then the target is what lies near the store.
+    let known = [&args.root, &args.target, &args.at].into_iter().flatten();
+    let near = known.flat_map(|p| p.ancestors()).find(|p| p.exists());
+    args.store.open(near, OpenMode::Existing, "mount")
 }
 
 fn batches(args: &MountArgs, store: &Store) -> anyhow::Result<Vec<Batch>> {
@@ -248,12 +242,12 @@ pub fn run_umount(args: &UmountArgs) -> anyhow::Result<Exit> {
 type Extra = Result<String, String>;
 
 fn umount_one(args: &UmountArgs, target: &Path) -> anyhow::Result<(Unmounted, Extra)> {
-    let dir = match &args.store {
-        Some(dir) => dir.clone(),
-        None => mount::store_of(target)
-            .with_context(|| format!("no view is mounted at {}", human::path(target)))?,
+    let told = mount::store_of(target);
+    let store = match &told {
+        Some(dir) => args.store.open_at(dir, OpenMode::Existing, "umount")?,
+        // Not mounted: perhaps it was, before the host went down.
+        None => args.store.open(Some(target), OpenMode::Existing, "umount")?,
     };
-    let store = Store::open(&dir, OpenMode::Existing, "pagefold umount")?;
     let done = umount_view(&store, target)?;
     let extra = after(args, &store, &done);
     Ok((done, extra))

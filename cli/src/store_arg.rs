@@ -26,4 +26,9 @@ impl StoreArg {
     pub fn open(&self, near: Option<&Path>, mode: OpenMode, command: &str) -> anyhow::Result<Store> {
         Ok(Store::open(&self.dir(near)?, mode, command)?)
     }
+
+    /// Opens it; without the option the one at `found`.
+    pub fn open_at(&self, found: &Path, mode: OpenMode, command: &str) -> anyhow::Result<Store> {
+        Ok(Store::open(self.dir.as_deref().unwrap_or(found), mode, command)?)
+    }
 }

@@ -318,7 +318,8 @@ pub fn view_at<'m>(mounts: &'m [Mount], target: &Path) -> Option<&'m Mount> {
     (top.kind == "overlay" && top.source == SOURCE).then_some(top)
 }
 
-/// The store of the view mounted at `target`, from the path of its upper (`<store>/roots/<id>/g<n>/upper`).
+/// The store of the view mounted at `target`: from the path of its upper (`<store>/roots/<id>/g<n>/upper`), or, where the kernel
+/// doesn't tell that (id-mapped layers, kernels before 6.13), the default one of the file system below the view.
 #[must_use]
 pub fn store_of(target: &Path) -> Option<PathBuf> {
     let target = target.canonicalize().ok()?;
@@ -326,7 +327,8 @@ pub fn store_of(target: &Path) -> Option<PathBuf> {
     let options = &view_at(&mounts, &target)?.fs_options;
     let upper = options.split(|b| *b == b',').find_map(|o| o.strip_prefix(b"upperdir="))?;
     let upper = PathBuf::from(mountinfo::unescape(upper));
-    upper.ancestors().nth(4).filter(|s| s.is_absolute() && !s.starts_with("/proc")).map(Path::to_path_buf)
+    let told = upper.ancestors().nth(4).filter(|s| s.join("roots").is_dir() && !s.starts_with("/proc"));
+    told.map(Path::to_path_buf).or_else(|| Store::default_dir(target.parent()?).ok())
 }
 
 /// What the mount of the raw root forbids, its view forbids.
