@@ -139,7 +139,7 @@ pub(super) fn apply(
         };
         commit::apply(&scene, options.on_conflict, progress)
     };
-    release_images(store, row).map_err(below)?;
+    release_images(store).map_err(below)?;
     result
 }
 

@@ -74,7 +74,7 @@ pub fn export_root(
     let live = opened.live;
     drop(opened);
     if !live {
-        release_images(store, row).map_err(below)?;
+        release_images(store).map_err(below)?;
     }
     let finished = result.and_then(|copied| {
         step("export.filled");

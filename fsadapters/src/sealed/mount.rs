@@ -31,7 +31,11 @@ use super::{image_mount, tree::EntryId};
 use crate::fsid;
 use crate::mountinfo::{self, Mount};
 use crate::store::manifest::read_manifest;
+use crate::store::step;
 use crate::store::{ImageDigest, RootRow, SealId, Store, ViewRow};
+
+/// Where images are mounted, below the store.
+const MOUNTS: &str = "mounts";
 
 /// How views are mounted.
 #[derive(Clone, Debug, Default)]
@@ -99,7 +103,9 @@ pub fn mount_views(
     all.each(Requests::open);
     all.refuse_used();
     all.each(Requests::assemble);
+    step("mount.assembled");
     all.publish();
+    step("mount.published");
     all.each(Requests::attach);
     all.forget_failed();
     all.finish()
@@ -269,7 +275,9 @@ impl<'a> Requests<'a> {
             return Ok(());
         };
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        move_mount(&overlay, c"", &dir, c"", flags).map_err(failed("mount the view at", &request.target))
+        move_mount(&overlay, c"", &dir, c"", flags).map_err(failed("mount the view at", &request.target))?;
+        step("mount.attached");
+        Ok(())
     }
 
     fn forget_failed(&mut self) {
@@ -358,7 +366,7 @@ fn assemble(
     attributes: MountAttrFlags,
     options: &MountOptions,
 ) -> Result<OwnedFd, ViewError> {
-    let mounts = store.dir().join("mounts");
+    let mounts = store.dir().join(MOUNTS);
     let root_dir = store.root_dir(row.id, row.generation);
     let open = |path: &Path| {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -409,9 +417,11 @@ pub fn umount_view(store: &Store, target: &Path) -> Result<Unmounted, ViewError>
         return Err(ViewError::NotAView(target));
     }
     let device = if mounted { Some(unmount_at(&target, &mounts)?) } else { None };
+    step("umount.unmounted");
     let mut done = Unmounted { root: None, target, was_mounted: mounted, state: None, holders: Vec::new() };
     if let Some(row) = row {
         store.remove_view(row.root)?;
+        step("umount.forgotten");
         done.root = Some(row.root);
         let root = store.root(row.root)?;
         let state = probe_upper(store, &root)?;
@@ -419,7 +429,7 @@ pub fn umount_view(store: &Store, target: &Path) -> Result<Unmounted, ViewError>
             done.holders = holders(&device, &done.target);
         }
         done.state = Some(state);
-        release_images(store, &root)?;
+        release_images(store)?;
     }
     Ok(done)
 }
@@ -458,14 +468,17 @@ pub(super) fn detached_view(store: &Store, row: &RootRow) -> Result<OwnedFd, Vie
     assemble(store, row, attributes, &MountOptions::default())
 }
 
-/// Unmounts those images of `root` that no view in the index uses any more.
-pub(super) fn release_images(store: &Store, root: &RootRow) -> Result<(), ViewError> {
+/// Unmounts the images that no view in the index uses: those of the view that has just gone, and what a crash left.
+pub(super) fn release_images(store: &Store) -> Result<(), ViewError> {
     let mut used: BTreeSet<ImageDigest> = BTreeSet::new();
     for view in store.views()? {
         used.extend(store.root(view.root)?.layers);
     }
-    for digest in root.layers.iter().filter(|d| !used.contains(d)) {
-        image_mount::unmounted(&store.dir().join("mounts"), *digest)?;
+    let mounts = store.dir().join(MOUNTS);
+    let names = std::fs::read_dir(&mounts).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let digests = names.filter_map(|name| ImageDigest::from_hex(name.to_str()?));
+    for digest in digests.filter(|digest| !used.contains(digest)) {
+        image_mount::unmounted(&mounts, digest)?;
     }
     Ok(())
 }
@@ -475,7 +488,7 @@ pub(super) fn release_images(store: &Store, root: &RootRow) -> Result<(), ViewEr
 /// # Errors
 /// [`ProbeError`]; then it must be taken for live.
 pub fn probe_upper(store: &Store, row: &RootRow) -> Result<UpperState, ProbeError> {
-    probe(&store.root_dir(row.id, row.generation), &store.dir().join("mounts"))
+    probe(&store.root_dir(row.id, row.generation), &store.dir().join(MOUNTS))
 }
 
 /// Throws away what the view of `row` wrote.

@@ -19,6 +19,7 @@ use rustix::fs::{AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFla
 use rustix::io::Errno;
 
 use super::tree::{EntryId, Meta, Tree};
+use crate::store::step;
 
 /// The upper's directory in a root's directory.
 pub const UPPER: &str = "upper";
@@ -226,6 +227,7 @@ pub fn discard(root_dir: &Path, sealed: &Meta) -> Result<Discarded, UpperError> 
         let dir = rustix::fs::open(&path, flags, Mode::empty()).map_err(failed("open", &path))?;
         entries += empty(dir, &path)?;
     }
+    step("discard.emptied");
     let path = root_dir.join(UPPER);
     let upper = rustix::fs::open(&path, flags, Mode::empty()).map_err(failed("open", &path))?;
     let names = list_xattrs(upper.as_fd()).map_err(failed("list the attributes of", &path))?;
@@ -256,7 +258,10 @@ fn empty(dir: OwnedFd, path: &Path) -> Result<u64, UpperError> {
                 continue;
             }
             match rustix::fs::unlinkat(&at, name, AtFlags::empty()) {
-                Ok(()) => removed += 1,
+                Ok(()) => {
+                    removed += 1;
+                    step("discard.entry");
+                }
                 Err(Errno::ISDIR | Errno::PERM) => {
                     match rustix::fs::unlinkat(&at, name, AtFlags::REMOVEDIR) {
                         Ok(()) => removed += 1,

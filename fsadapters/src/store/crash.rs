@@ -43,6 +43,13 @@ pub const STEPS: &[&str] = &[
     "seal.walked",
     "seal.written",
     // Mount, umount.
+    "mount.assembled",
+    "mount.published",
+    "mount.attached",
+    "umount.unmounted",
+    "umount.forgotten",
+    "discard.entry",
+    "discard.emptied",
     // Commit.
     "commit.begun",
     "commit.dirs.made",
