@@ -51,7 +51,7 @@ pub fn run(args: &GcArgs) -> anyhow::Result<Exit> {
 fn is_live(store: &std::path::Path, root: &RootRow) -> bool {
     use pagefold_fsadapters::sealed::live::{UpperState, probe};
     let dir = store.join(format!("roots/{}/g{}", root.id, root.generation));
-    !matches!(probe(&dir, &store.join("tmp")), Ok(UpperState::Free))
+    !matches!(probe(&dir, &store.join("mounts")), Ok(UpperState::Free))
 }
 
 fn json(store: &Store, report: &GcReport) -> serde_json::Value {

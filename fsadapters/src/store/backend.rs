@@ -162,7 +162,7 @@ impl StorageBackend for Backend {
             Some(held) => {
                 held.blocks.retain(|at, _| at * BLOCK < len);
                 // What lies beyond the new end must read as zeros should the file grow again.
-                if len < held.length && len % BLOCK != 0 {
+                if len < held.length && !len.is_multiple_of(BLOCK) {
                     let zeros = vec![0; (BLOCK - len % BLOCK) as usize];
                     self.0.write_held(held, len, &zeros)?;
                 }

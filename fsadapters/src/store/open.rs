@@ -98,7 +98,8 @@ impl Store {
         let unfinished = place::read_format(&dir, &fd)?.is_none();
         if unfinished {
             place::check_unfinished(&dir, &fd)?;
-            if mode == OpenMode::Existing {
+            // With an index all but that file is there: it goes on, whatever became of `FORMAT`.
+            if mode == OpenMode::Existing && !place::exists(&fd, INDEX) {
                 return Err(StoreError::Absent(dir));
             }
         }

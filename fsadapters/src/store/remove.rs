@@ -228,7 +228,7 @@ fn clear_flags(file: impl AsFd) -> Result<(), Errno> {
 }
 
 /// Whether a directory has no entries.
-pub(super) fn is_empty_dir(dir: &OwnedFd, name: &str) -> Result<bool, Errno> {
+pub(super) fn is_empty_dir(dir: &OwnedFd, name: impl rustix::path::Arg) -> Result<bool, Errno> {
     let fd = rustix::fs::openat(dir, name, DIR_FLAGS, Mode::empty())?;
     for entry in Dir::new(fd)? {
         if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {

@@ -80,10 +80,10 @@ fn made_once_and_opened_again() {
     drop(store);
     let store = Store::open(&dir, OpenMode::Existing, "test").unwrap();
     assert_eq!(store.id(), id);
-    assert_eq!(store.roots().unwrap(), [row.clone()]);
+    assert_eq!(store.roots().unwrap(), std::slice::from_ref(&row));
     assert_eq!(store.root(row.id).unwrap(), row);
     assert_eq!(store.view(row.id).unwrap(), Some(view.clone()));
-    assert_eq!(store.views().unwrap(), [view.clone()]);
+    assert_eq!(store.views().unwrap(), std::slice::from_ref(&view));
     assert_eq!(store.find_root("/roots/a\u{fffd}").unwrap(), row);
     assert!(matches!(store.find_root("/roots/b"), Err(StoreError::NoSuch { .. })));
     assert!(matches!(store.put_view(&ViewRow { root: SealId(99), ..view }), Err(StoreError::NoSuch { .. })));
@@ -164,9 +164,20 @@ fn creation_that_was_cut_short_goes_on() {
     let dir = temp.path().join("s");
     drop(open(&dir).unwrap());
     fs::remove_file(dir.join("FORMAT")).unwrap();
+    drop(Store::open(&dir, OpenMode::Existing, "test").unwrap());
+    assert!(dir.join("FORMAT").exists());
+    fs::remove_file(dir.join("FORMAT")).unwrap();
+    fs::remove_file(dir.join("index.redb")).unwrap();
     assert!(matches!(Store::open(&dir, OpenMode::Existing, "test"), Err(StoreError::Absent(_))));
     drop(open(&dir).unwrap());
-    assert!(dir.join("FORMAT").exists());
+    // Not so a removal that finds writes.
+    fs::create_dir_all(dir.join("roots/000001/g1/upper/written")).unwrap();
+    assert!(remove_unfinished(&dir).is_err());
+    fs::remove_file(dir.join("FORMAT")).unwrap();
+    assert!(matches!(remove_unfinished(&dir), Err(StoreError::NotAStore { .. })));
+    fs::remove_dir(dir.join("roots/000001/g1/upper/written")).unwrap();
+    remove_unfinished(&dir).unwrap();
+    assert!(!dir.exists());
 }
 
 #[test]
@@ -411,7 +422,7 @@ fn a_damaged_index_is_told_or_harmless_and_never_touched() {
         match open(&dir) {
             Ok(store) => {
                 harmless += 1;
-                assert_eq!(store.roots().unwrap(), [row.clone()], "round {round}");
+                assert_eq!(store.roots().unwrap(), std::slice::from_ref(&row), "round {round}");
                 let mut count = 0;
                 store
                     .lookup()
