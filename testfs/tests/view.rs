@@ -267,3 +267,71 @@ fn privileged_64_views_are_mounted_at_once() {
     assert_eq!(store.views().unwrap(), []);
     assert!(took.as_secs() < 3, "{took:?}");
 }
+
+#[test]
+fn privileged_a_mapped_view_belongs_to_its_container() {
+    for fs in BOTH {
+        let mut home = Home::new(fs);
+        plain_root(&home.at("a"));
+        std::os::unix::fs::chown(home.at("a/g"), Some(33), Some(34)).unwrap();
+        settle(&home.at("a"));
+        let store = home.store();
+        let rows = home.seal(&store, &["a"]);
+        let map = "0:100000:65536";
+        let options = MountOptions { id_map: Some(map.parse().unwrap()), ..MountOptions::default() };
+        let view = home.try_mount(&store, &rows[0], "view", &options).unwrap().target;
+        assert_eq!(store.view(rows[0].id).unwrap().unwrap().idmap, map);
+        assert_eq!(pagefold_fsadapters::sealed::mount::store_of(&view).unwrap(), store.dir());
+        let g = fs::metadata(view.join("g")).unwrap();
+        assert_eq!((g.uid(), g.gid()), (100_033, 100_034), "{fs:?}");
+        assert_eq!(fs::read(view.join("g")).unwrap(), bytes(1, 4096));
+        // The container's root is nobody here: what it may, it may through the map.
+        let status = std::process::Command::new("setpriv")
+            .args(["--reuid=100000", "--regid=100000", "--clear-groups", "sh", "-c"])
+            .arg(
+                "echo x >>f && echo new >new && mkdir d && mv new d/ && rm dir/h && cat dir/sub/i >/dev/null",
+            )
+            .current_dir(&view)
+            .status()
+            .expect("this test needs setpriv (package util-linux)");
+        assert!(status.success(), "{fs:?}");
+        let upper = store.root_dir(rows[0].id, rows[0].generation).join("upper");
+        for name in ["f", "d", "d/new"] {
+            let meta = fs::metadata(upper.join(name)).unwrap();
+            assert_eq!((meta.uid(), meta.gid()), (0, 0), "{fs:?} {name}");
+        }
+        home.umount(&store, &view);
+        // The same upper without a map: nothing on disk is mapped.
+        let view = home.mount(&store, &rows[0], "view");
+        assert_eq!(fs::metadata(view.join("d/new")).unwrap().uid(), 0);
+        assert_eq!(fs::metadata(view.join("g")).unwrap().uid(), 33);
+        assert!(!view.join("dir/h").exists());
+    }
+}
+
+#[test]
+fn privileged_older_ways_of_handing_layers_over_mount_the_same() {
+    use pagefold_fsadapters::sealed::assemble::Handover;
+    let mut home = Home::new(RigFs::Xfs);
+    plain_root(&home.at("a"));
+    let before = take(&home.at("a"));
+    let store = home.store();
+    let rows = home.seal(&store, &["a"]);
+    for (handover, id_map) in [
+        (Handover::Options, None),
+        (Handover::List, None),
+        (Handover::Options, Some("0:100000:65536")),
+        (Handover::List, Some("0:100000:65536")),
+    ] {
+        let id_map = id_map.map(|m| m.parse().unwrap());
+        let mapped = id_map.is_some();
+        let options = MountOptions { handover: Some(handover), id_map, ..MountOptions::default() };
+        let view = home.try_mount(&store, &rows[0], "view", &options).unwrap().target;
+        assert_eq!(fs::metadata(view.join("f")).unwrap().uid(), if mapped { 100_000 } else { 0 });
+        if !mapped {
+            assert_eq!(differences(&before, &take(&view), true), [""; 0], "{handover:?}");
+        }
+        assert_eq!(pagefold_fsadapters::sealed::mount::store_of(&view).unwrap(), store.dir());
+        home.umount(&store, &view);
+    }
+}

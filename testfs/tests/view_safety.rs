@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 
 use pagefold_fsadapters::sealed::image_mount::ImageMountError;
 use pagefold_fsadapters::sealed::live::UpperState;
@@ -183,6 +183,7 @@ fn privileged_targets_that_make_no_sense_are_refused() {
     assert!(matches!(why(0, ".pagefold/roots"), ViewError::InsideStore(_)));
     assert!(matches!(why(0, ".pagefold"), ViewError::InsideStore(_)));
     assert!(matches!(why(0, "a/f"), ViewError::NotADirectory(_)));
+    assert!(matches!(why(0, "."), ViewError::HidesStore(_)));
     assert!(matches!(why(0, "nowhere"), ViewError::Call { .. }));
     let view = home.mount(&store, &rows[0], "view");
     let error = home.try_mount(&store, &rows[1], "view", &MountOptions::default()).unwrap_err();
@@ -326,9 +327,20 @@ fn privileged_root_in_a_view_can_not_change_or_reach_an_anchor() {
         {
             assert_eq!(fs::read(b.join(name)).unwrap(), bytes(seed as u64, length), "{fs:?} {name}");
         }
-        // From inside there is no way to the store.
-        let inside = Command::new("true").current_dir(&a).stdin(Stdio::null()).spawn().map(|mut c| c.wait());
-        assert!(inside.is_ok());
+        // From inside there is no way to the store: not by its path, not by climbing, not by what /proc says of a file.
+        let view = dir(&a);
+        let store_path = store.dir().display().to_string();
+        let name = store.dir().file_name().unwrap().to_str().unwrap();
+        for path in
+            [store_path.clone(), format!("../../../{store_path}"), name.into(), format!("dir/../../{name}")]
+        {
+            let flags = rustix::fs::OFlags::PATH;
+            let resolve = rustix::fs::ResolveFlags::IN_ROOT;
+            let found = rustix::fs::openat2(&view, &path, flags, rustix::fs::Mode::empty(), resolve);
+            assert_eq!(found.unwrap_err(), rustix::io::Errno::NOENT, "{path}");
+        }
+        let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&view));
+        assert_eq!(fs::read_link(link).unwrap(), a);
     }
 }
 
@@ -339,8 +351,13 @@ fn attack(view: &Path) {
     let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
     File::options().write(true).open(again).unwrap().write_all_at(b"through proc", 0).unwrap();
     // A shared mapping needs a writable descriptor, and that copies up.
-    let file = File::options().read(true).write(true).open(view.join("g")).unwrap();
-    file.write_all_at(b"x", 0).unwrap();
+    let mapped = Command::new("xfs_io")
+        .args(["-c", "mmap -rw 0 4096", "-c", "mwrite -S 0x5a 0 100", "-c", "msync -s"])
+        .arg(view.join("g"))
+        .output()
+        .expect("this test needs xfs_io (package xfsprogs)");
+    assert!(mapped.status.success(), "{mapped:?}");
+    assert_eq!(fs::read(view.join("g")).unwrap()[..100], [0x5a; 100]);
     // Flags: an anchor's immutability is not the view's to take.
     let file = File::open(view.join("dir/h")).unwrap();
     if let Ok(flags) = rustix::fs::ioctl_getflags(&file) {

@@ -162,6 +162,9 @@ impl<'a> Requests<'a> {
         if request.target.starts_with(self.store.dir()) {
             return Err(ViewError::InsideStore(request.target.clone()));
         }
+        if self.store.dir().starts_with(&request.target) {
+            return Err(ViewError::HidesStore(request.target.clone()));
+        }
         if fsid::is_overlay(dir.as_fd()) == Some(true) && view_at(&self.mounts, &request.target).is_some() {
             return Err(ViewError::AlreadyView(request.target.clone()));
         }
@@ -171,7 +174,7 @@ impl<'a> Requests<'a> {
             return Err(ViewError::AlreadyMounted { name: request.row.name.clone(), target: view.target });
         }
         let raw = open_named_root(request.row, &self.mounts)?;
-        self.check_file_system(request.row, raw.as_fd())?;
+        request.warnings.extend(self.check_file_system(request.row, raw.as_fd())?);
         let stat = rustix::fs::fstat(&raw).map_err(failed("look at", &request.row.path))?;
         if stat.st_ctime > request.row.sealed_at {
             request.warnings.push(format!(
@@ -184,12 +187,18 @@ impl<'a> Requests<'a> {
         Ok(())
     }
 
-    fn check_file_system(&self, row: &RootRow, raw: BorrowedFd<'_>) -> Result<(), ViewError> {
-        let uuid = |fd| fsid::describe(fd).map(|facts| facts.description.uuid).ok();
-        if uuid(raw) != uuid(self.store.dirfd()) {
+    fn check_file_system(&self, row: &RootRow, raw: BorrowedFd<'_>) -> Result<Option<String>, ViewError> {
+        let facts = |fd| fsid::describe(fd).map(|facts| facts.description).ok();
+        let (root, store) = (facts(raw), facts(self.store.dirfd()));
+        if root.as_ref().map(|f| f.uuid) != store.map(|f| f.uuid) {
             return Err(ViewError::OtherFileSystem(row.path.clone()));
         }
-        Ok(())
+        Ok(root.filter(|f| f.kind == "btrfs" && has_btrfs_quota(f.uuid)).map(|_| {
+            format!(
+                "btrfs counts what the view of {:?} writes to the store's subvolume, not to the root's quota group",
+                row.name
+            )
+        }))
     }
 
     /// One truth at a time: who writes the raw root would not be seen by the view.
@@ -300,6 +309,13 @@ impl<'a> Requests<'a> {
         };
         self.list.into_iter().map(done).collect()
     }
+}
+
+/// Whether quotas are on (Linux 5.9 shows their groups in sysfs).
+fn has_btrfs_quota(uuid: [u8; 16]) -> bool {
+    let hex: String = uuid.iter().map(|b| format!("{b:02x}")).collect();
+    let parts = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
+    Path::new("/sys/fs/btrfs").join(parts.join("-")).join("qgroups").exists()
 }
 
 /// The target as a directory, without a view that is mounted there already.

@@ -55,6 +55,9 @@ pub enum ViewError {
     /// The target is in the store.
     #[error("{0:?} lies in the store; choose a target outside of it")]
     InsideStore(PathBuf),
+    /// The target is above the store.
+    #[error("a view at {0:?} would hide the store; choose another target")]
+    HidesStore(PathBuf),
     /// There is a view already.
     #[error("a view is mounted at {0:?} already")]
     AlreadyView(PathBuf),
