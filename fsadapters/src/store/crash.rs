@@ -99,6 +99,8 @@ pub fn step(name: &'static str) {
     for trap in traps.iter().filter(|t| t.step == name) {
         if trap.left.fetch_sub(1, Ordering::Relaxed) == 1 {
             let _ = rustix::process::kill_process(rustix::process::getpid(), trap.signal);
+            // Another thread may take the signal: until it has stopped this one, this one goes no further.
+            std::thread::sleep(std::time::Duration::from_millis(50));
         }
     }
 }
