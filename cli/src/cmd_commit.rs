@@ -226,7 +226,7 @@ pub fn summary(applied: &Applied) -> String {
     let mut text = format!(
         "{} replaced, {} new, {} removed, {} shared",
         human::count(applied.replaced),
-        human::count(applied.created + applied.dirs_made),
+        human::count(applied.created),
         human::count(applied.removed),
         human::bytes(applied.shared_bytes),
     );

@@ -284,7 +284,10 @@ impl Op {
             self.abandon(run);
             return Ok(Outcome::Raced);
         }
-        self.rename(temp, &self.name, RenameFlags::EXCHANGE)?;
+        match self.rename(temp, &self.name, RenameFlags::EXCHANGE) {
+            Err(Errno::XDEV) => return self.replace_blindly(run, temp, old),
+            result => result?,
+        }
         crate::store::step("commit.exchanged");
         // The rename itself moved the change time.
         let good = self.is_there(temp, old, false)?;
@@ -298,11 +301,35 @@ impl Op {
         Ok(Outcome::Raced)
     }
 
+    /// XFS lets an inode whose project id is not its directory's go from no name to another, not even beside it. What was looked at a
+    /// moment ago is replaced then without seeing what comes out.
+    fn replace_blindly(&self, run: u64, temp: &[u8], old: &Look) -> io::Result<Outcome> {
+        if old.is_dir() {
+            match rustix::fs::unlinkat(&*self.dir, &*self.name, AtFlags::REMOVEDIR) {
+                Ok(()) => {}
+                Err(Errno::NOTEMPTY | Errno::EXIST) => {
+                    self.abandon(run);
+                    return Ok(Outcome::Raced);
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+        rustix::fs::renameat(&*self.dir, temp, &*self.dir, &*self.name)?;
+        Ok(Outcome::Replaced)
+    }
+
     fn take_away(&self, temp: &[u8], old: &Look) -> io::Result<Outcome> {
         if !self.is_there(&self.name, old, true)? {
             return Ok(Outcome::Raced);
         }
-        self.rename(&self.name, temp, RenameFlags::NOREPLACE)?;
+        match self.rename(&self.name, temp, RenameFlags::NOREPLACE) {
+            // As in `replace_blindly`.
+            Err(Errno::XDEV) => {
+                rustix::fs::unlinkat(&*self.dir, &*self.name, AtFlags::empty())?;
+                return Ok(Outcome::Removed);
+            }
+            result => result?,
+        }
         crate::store::step("commit.taken.away");
         if self.is_there(temp, old, false)? {
             rustix::fs::unlinkat(&*self.dir, temp, AtFlags::empty())?;
