@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand};
 use crate::cmd_commit::CommitArgs;
 use crate::cmd_demo::DemoArgs;
 use crate::cmd_doctor::DoctorArgs;
+use crate::cmd_explain::ExplainArgs;
 use crate::cmd_export::ExportArgs;
 use crate::cmd_farm::FarmArgs;
 use crate::cmd_gc::GcArgs;
@@ -52,6 +53,8 @@ pub enum Command {
     Farm(FarmArgs),
     /// Tell what is sealed, what that can save, what is shared and what is saved now.
     Status(StatusArgs),
+    /// Tell why a file is or isn't shared, with whom, and what a write will do.
+    Explain(ExplainArgs),
     /// Tell what this kernel, user and file system can do.
     Doctor(DoctorArgs),
     /// Make a small farm on a file system of its own, scan it, print the report, remove everything again.

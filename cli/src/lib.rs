@@ -7,6 +7,7 @@ mod args;
 mod cmd_commit;
 mod cmd_demo;
 mod cmd_doctor;
+mod cmd_explain;
 mod cmd_export;
 mod cmd_farm;
 mod cmd_farm_bench;
@@ -88,6 +89,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Uninstall(args) => cmd_unseal::run_uninstall(&args),
         Command::Farm(args) => cmd_farm::run(&args),
         Command::Doctor(args) => cmd_doctor::run(&args),
+        Command::Explain(args) => cmd_explain::run(&args),
         Command::Status(args) => cmd_status::run(&args),
         Command::Demo(args) => cmd_demo::run(&args),
         Command::Completions(args) => cmd_shell::completions(&args),

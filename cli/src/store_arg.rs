@@ -22,6 +22,11 @@ impl StoreArg {
         }
     }
 
+    /// Whether the user named none.
+    pub fn is_default(&self) -> bool {
+        self.dir.is_none()
+    }
+
     /// Opens it; `command` is what another process waiting for the store reads.
     pub fn open(&self, near: Option<&Path>, mode: OpenMode, command: &str) -> anyhow::Result<Store> {
         Ok(Store::open(&self.dir(near)?, mode, command)?)

@@ -19,6 +19,7 @@ pub mod commit;
 pub mod commit_root;
 pub mod copy_out;
 pub mod delta;
+pub mod explain;
 pub mod export;
 pub mod gone;
 pub mod idmap;
