@@ -10,6 +10,7 @@ use crate::cmd_export::ExportArgs;
 use crate::cmd_farm::FarmArgs;
 use crate::cmd_gc::GcArgs;
 use crate::cmd_mount::{MountArgs, UmountArgs};
+use crate::cmd_prefault::PrefaultArgs;
 use crate::cmd_seal::SealArgs;
 use crate::cmd_shell::{CompletionsArgs, ManArgs};
 use crate::cmd_status::StatusArgs;
@@ -53,6 +54,8 @@ pub enum Command {
     Farm(FarmArgs),
     /// Tell what is sealed, what that can save, what is shared and what is saved now.
     Status(StatusArgs),
+    /// Read shared files beforehand, charged to pagefold's own memory group and to no container.
+    Prefault(PrefaultArgs),
     /// Tell why a file is or isn't shared, with whom, and what a write will do.
     Explain(ExplainArgs),
     /// Tell what this kernel, user and file system can do.

@@ -14,9 +14,11 @@ use pagefold_fsadapters::sealed::live::UpperState;
 use pagefold_fsadapters::sealed::mount::{
     self, MountOptions, Mounted, Unmounted, discard_writes, mount_views, umount_view,
 };
+use pagefold_fsadapters::sealed::prefault;
 use pagefold_fsadapters::sealed::view_error::ViewError;
 use pagefold_fsadapters::store::{OpenMode, RootRow, Store};
 
+use crate::cmd_prefault;
 use crate::exit::Exit;
 use crate::format::Format;
 use crate::human;
@@ -57,6 +59,9 @@ pub struct MountArgs {
     /// Although processes use the root.
     #[arg(long)]
     force: bool,
+    /// Then read what the views share, charged to this memory group and to no container (see `pagefold prefault`).
+    #[arg(long, value_name = "GROUP", num_args = 0..=1, require_equals = true, default_missing_value = prefault::GROUP)]
+    charge: Option<String>,
     #[command(flatten)]
     store: StoreArg,
     /// How to write the report.
@@ -96,12 +101,17 @@ type Batch = (MountOptions, Vec<(RootRow, PathBuf)>);
 /// Runs `pagefold mount`.
 pub fn run(args: &MountArgs) -> anyhow::Result<Exit> {
     let store = open_store(args)?;
-    let mut results = Vec::new();
+    let (mut results, mut roots) = (Vec::new(), Vec::new());
     for (options, requests) in batches(args, &store)? {
         let done = mount_views(&store, &requests, &options);
+        let mounted = requests.iter().zip(&done).filter(|(_, done)| done.is_ok());
+        roots.extend(mounted.map(|((row, _), _)| row.clone()));
         results.extend(requests.into_iter().map(|(row, _)| row.name).zip(done));
     }
     write_mounted(&results, args.format)?;
+    if let Some(group) = args.charge.as_ref().filter(|_| !roots.is_empty()) {
+        cmd_prefault::charge(&store, roots, group);
+    }
     Ok(exit_of(results.iter().map(|(_, r)| r.as_ref().err())))
 }
 

@@ -13,6 +13,7 @@ mod cmd_farm;
 mod cmd_farm_bench;
 mod cmd_gc;
 mod cmd_mount;
+mod cmd_prefault;
 mod cmd_seal;
 mod cmd_shell;
 mod cmd_status;
@@ -90,6 +91,7 @@ fn run(cli: Cli) -> anyhow::Result<Exit> {
         Command::Farm(args) => cmd_farm::run(&args),
         Command::Doctor(args) => cmd_doctor::run(&args),
         Command::Explain(args) => cmd_explain::run(&args),
+        Command::Prefault(args) => cmd_prefault::run(&args),
         Command::Status(args) => cmd_status::run(&args),
         Command::Demo(args) => cmd_demo::run(&args),
         Command::Completions(args) => cmd_shell::completions(&args),

@@ -29,6 +29,7 @@ pub mod live;
 mod locate;
 pub mod mount;
 mod opened;
+pub mod prefault;
 mod prove;
 pub mod raw;
 mod reading;

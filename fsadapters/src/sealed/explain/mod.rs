@@ -288,8 +288,9 @@ fn on_write(
             "don't: its view is mounted and won't see it; two truths that `commit` can't join".to_owned()
         }
         (_, Verdict::Shared | Verdict::Alone) => {
-            let extents =
-                anchor.and_then(|a| a.extents).map_or(String::new(), |n| format!(" of {n} extents"));
+            let extents = anchor
+                .and_then(|a| a.extents)
+                .map_or(String::new(), |n| format!(" of {n} extent{}", if n == 1 { "" } else { "s" }));
             let how = match anchor.is_some_and(|a| a.borrowed) {
                 true => "all data is copied".to_owned(),
                 false => format!("a reflink{extents}, no data is copied"),

@@ -65,7 +65,7 @@ pub struct Mapped {
     /// Processes that have any, by device.
     pub processes: HashMap<Device, Vec<u32>>,
     /// Processes whose tables could not be read.
-    pub unreadable: u64,
+    pub unreadable: Vec<u32>,
 }
 
 /// Bits of a pagemap entry (Documentation/admin-guide/mm/pagemap.rst).
@@ -88,7 +88,7 @@ pub fn read(devices: &[Device], cancel: &AtomicBool) -> Mapped {
             break;
         }
         if read_process(process, devices, &mut mapped).is_err() {
-            mapped.unreadable += 1;
+            mapped.unreadable.push(process);
         }
     }
     mapped

@@ -95,7 +95,7 @@ pub fn status(
         roots.extend(look.root(row, target, at, &names, &all_mounts));
     }
     let who_pays = look.anchors();
-    look.mapped(&mut roots);
+    let unreadable = look.mapped(&mut roots);
     let mut report = StatusReport {
         schema: report::SCHEMA,
         store: store.dir().to_owned(),
@@ -106,7 +106,7 @@ pub fn status(
         domains: Vec::new(),
         roots: Vec::new(),
         who_pays,
-        warnings: Vec::new(),
+        warnings: unreadable.into_iter().collect(),
         errors: Vec::new(),
     };
     for domain in domains {
@@ -222,15 +222,19 @@ impl Look<'_> {
     }
 
     /// Pages that processes have mapped through mounted views.
-    fn mapped(&mut self, roots: &mut [Looked]) {
+    fn mapped(&mut self, roots: &mut [Looked]) -> Option<String> {
         let devices: Vec<mapped::Device> =
             roots.iter().filter_map(|root| root.mounts.first()).map(|m| m.device).collect();
         let mapped = mapped::read(&devices, self.cancel);
-        if mapped.unreadable > 0 {
-            self.error(Path::new("/proc"), format!("{} processes could not be read", mapped.unreadable));
-        }
+        // Somebody's protected process, or one of a tracer: it can't be counted, and nothing is claimed for it.
+        let unreadable = (!mapped.unreadable.is_empty()).then(|| {
+            format!(
+                "the memory of some processes may not be read, what they have mapped is not counted: {:?}",
+                mapped.unreadable
+            )
+        });
         if mapped.pages.is_empty() {
-            return;
+            return unreadable;
         }
         let mounts = self.store.dir().join("mounts");
         let images = self.images(roots, &mounts);
@@ -254,6 +258,7 @@ impl Look<'_> {
                 site.mapped = pages.len();
             }
         }
+        unreadable
     }
 
     /// Anchor pages that a view's processes have mapped: each once, none of files that the view has written.
