@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use pagefold_fsadapters::sealed::prefault::{self, PrefaultConfig, PrefaultReport, Which, prefault};
 use pagefold_fsadapters::store::{OpenMode, RootRow, Store};
-use pagefold_testfs::farm::parse_bytes;
 
 use crate::exit::Exit;
 use crate::format::Format;
@@ -41,7 +40,7 @@ pub struct PrefaultArgs {
     #[arg(long, conflicts_with = "hot")]
     all: bool,
     /// Read at most so much, such as 2G [default: a quarter of the memory available].
-    #[arg(long, value_name = "BYTES", value_parser = size)]
+    #[arg(long, value_name = "BYTES", value_parser = human::parse_bytes)]
     max: Option<u64>,
     /// The memory group, below the top of the hierarchy.
     #[arg(long, value_name = "NAME", default_value = prefault::GROUP)]
@@ -52,10 +51,6 @@ pub struct PrefaultArgs {
     /// Form of the report.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
-}
-
-fn size(text: &str) -> Result<u64, String> {
-    parse_bytes(text).ok_or_else(|| "a number of bytes, with K, M, G or T".to_owned())
 }
 
 /// Runs `pagefold prefault`.

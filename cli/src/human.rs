@@ -17,6 +17,21 @@ pub fn bytes(n: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
+/// `2G` -> 2147483648: a number with an optional K, M, G or T (powers of 1024).
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[number.len()..].to_ascii_uppercase().trim_end_matches("IB") {
+        "" | "B" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("a number of bytes, with K, M, G or T".to_owned()),
+    };
+    let bytes = number.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift));
+    bytes.ok_or_else(|| "a number of bytes, with K, M, G or T".to_owned())
+}
+
 /// A path for a terminal: control characters, with which a file's name could move the cursor or forge lines, as `\\u{..}`.
 pub fn path(path: &std::path::Path) -> String {
     let text = pagefold_fsadapters::scan::path_text(path);
@@ -79,6 +94,16 @@ mod tests {
     #[test]
     fn names_can_not_write_to_the_terminal() {
         assert_eq!(path(std::path::Path::new("a\x1b[2J\nb\u{9b}\u{e4}")), "a\\u{1b}[2J\\nb\\u{9b}\u{e4}");
+    }
+
+    #[test]
+    fn sizes_are_understood() {
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert_eq!(parse_bytes("2g"), Ok(2 << 30));
+        assert_eq!(parse_bytes("3MiB"), Ok(3 << 20));
+        for bad in ["", "G", "-1", "1X", "99999999T", "1.5G"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

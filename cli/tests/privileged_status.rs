@@ -1,0 +1,385 @@
+//! `status`, `explain`, `prefault` on real file systems, through the binary: each figure against one that was found another way.
+//!
+//! What it deliberately does not test: sealing and mounting themselves.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use common::{PAGE, append, noise, pagefold, reflink, rig, sync};
+use pagefold_fsadapters::memcg::{Hierarchy, Memcg};
+use pagefold_testfs::rig::{LoopRig, RigFs};
+use serde_json::Value;
+
+/// Pages of `data1` and `data2`.
+const DATA: u64 = 1024;
+/// Pages of the file that only the first root has.
+const ALONE: u64 = 3;
+const NAMES: [&str; 3] = ["a", "b", "c"];
+
+/// Three roots that share `sleep`, `data1`, `data2`; the first has a file of its own. Sealed; unmounted when dropped.
+struct Farm {
+    rig: LoopRig,
+}
+
+impl Farm {
+    fn new(kind: RigFs) -> Farm {
+        let rig = rig(kind);
+        for name in NAMES {
+            fs::create_dir_all(rig.path().join("roots").join(name)).expect("a root");
+            fs::create_dir_all(rig.path().join("at").join(name)).expect("a target");
+        }
+        let farm = Farm { rig };
+        let first = farm.raw("a", "");
+        fs::copy("/bin/sleep", first.join("sleep")).expect("a program");
+        for (seed, name) in [(1, "data1"), (2, "data2")] {
+            fs::write(first.join(name), noise(seed, (DATA * PAGE) as usize)).expect("data");
+        }
+        sync(&first);
+        for (root, file) in
+            [("b", "sleep"), ("b", "data1"), ("b", "data2"), ("c", "sleep"), ("c", "data1"), ("c", "data2")]
+        {
+            reflink(&farm.raw("a", file), &farm.raw(root, file));
+        }
+        for root in NAMES {
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+            fs::set_permissions(farm.raw(root, "sleep"), mode).expect("executable");
+        }
+        fs::write(farm.raw("a", "alone"), noise(3, (ALONE * PAGE) as usize)).expect("data");
+        fs::write(farm.raw("a", "empty"), b"").expect("data");
+        sync(&first);
+        let roots = NAMES.map(|name| farm.raw(name, ""));
+        assert_eq!(farm.run(&["seal"], &roots.each_ref().map(PathBuf::as_path)).1, 0);
+        farm
+    }
+
+    fn raw(&self, root: &str, file: &str) -> PathBuf {
+        self.rig.path().join("roots").join(root).join(file)
+    }
+
+    fn view(&self, root: &str, file: &str) -> PathBuf {
+        self.rig.path().join("at").join(root).join(file)
+    }
+
+    /// (stdout, exit code); fails on a signal.
+    fn run(&self, args: &[&str], paths: &[&Path]) -> (String, i32) {
+        let mut command = pagefold();
+        command
+            .arg(args[0])
+            .arg("--store")
+            .arg(self.rig.path().join(".pagefold"))
+            .args(&args[1..])
+            .args(paths);
+        let output = command.output().expect("the binary runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        let code = output.status.code().unwrap_or_else(|| panic!("{args:?} was killed: {said}"));
+        assert!(code < 2, "{args:?}: {code}: {said}");
+        (String::from_utf8(output.stdout).expect("text"), code)
+    }
+
+    fn json(&self, args: &[&str], paths: &[&Path]) -> Value {
+        let (text, _) = self.run(&[args, &["--format", "json"]].concat(), paths);
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("no JSON: {e}: {text}"))
+    }
+
+    fn status(&self) -> Value {
+        let status = self.json(&["status"], &[]);
+        assert_eq!(status["schema"], "pagefold.status/1");
+        assert_eq!(status["errors"], Value::Array(vec![]));
+        status
+    }
+
+    fn explain(&self, path: &Path) -> Value {
+        let told = self.json(&["explain"], &[path]);
+        assert_eq!(told["schema"], "pagefold.explain/1");
+        told
+    }
+
+    fn mount(&self) {
+        let at = self.rig.path().join("at");
+        let (_, code) = self.run(&["mount", "--all", "--at"], &[&at]);
+        assert_eq!(code, 0);
+    }
+
+    /// Runs the view's own program.
+    fn sleeper(&self, root: &str) -> Sleeper {
+        let child =
+            Command::new(self.view(root, "sleep")).arg("60").stdin(Stdio::null()).spawn().expect("starts");
+        // Until it sleeps, it still brings pages in.
+        let wchan = format!("/proc/{}/syscall", child.id());
+        for _ in 0..200 {
+            std::thread::sleep(Duration::from_millis(10));
+            let at = fs::read_to_string(&wchan).unwrap_or_default();
+            if at.starts_with("230 ") || at.starts_with("35 ") {
+                break;
+            }
+        }
+        Sleeper(child)
+    }
+}
+
+impl Drop for Farm {
+    fn drop(&mut self) {
+        for root in NAMES {
+            let _ = rustix::mount::unmount(self.view(root, ""), rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+}
+
+struct Sleeper(Child);
+
+impl Sleeper {
+    /// From smaps, of the mappings of `sleep`: (file pages in memory, proportional share of them, mappings), bytes.
+    fn mapped(&self) -> (u64, u64, u64) {
+        let text = fs::read_to_string(format!("/proc/{}/smaps", self.0.id())).expect("smaps");
+        let (mut ours, mut sums) = (false, [0u64; 4]);
+        let mut areas = 0;
+        for line in text.lines() {
+            let first = line.split_whitespace().next().unwrap_or_default();
+            if !first.ends_with(':') {
+                ours = line.ends_with("/sleep");
+                areas += u64::from(ours);
+            } else if ours
+                && let Some(at) = ["Rss:", "Anonymous:", "Pss:", "Pss_Anon:"].iter().position(|f| *f == first)
+            {
+                sums[at] +=
+                    line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).expect("kB") << 10;
+            }
+        }
+        // There is no Pss_Anon per mapping: an anonymous page of a process without children is all its own.
+        (sums[0] - sums[1], sums[2] - sums[1], areas)
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn number(json: &Value, field: &str) -> u64 {
+    json[field].as_u64().unwrap_or_else(|| panic!("{field} in {json:#}"))
+}
+
+fn root<'a>(status: &'a Value, name: &str) -> &'a Value {
+    let roots = status["roots"].as_array().expect("roots");
+    roots.iter().find(|r| r["name"] == name).unwrap_or_else(|| panic!("root {name}"))
+}
+
+/// Potential, logical and measured savings are three figures.
+fn could_is_now(kind: RigFs) {
+    let farm = Farm::new(kind);
+    let program = fs::metadata("/bin/sleep").expect("sleep").len().div_ceil(PAGE);
+    let common = program + 2 * DATA;
+    let before = farm.status();
+    let totals = &before["totals"];
+    let found = ["pages_shared", "pages_sharing", "pages_unshared", "could_be_saved_bytes"]
+        .map(|f| number(totals, f));
+    assert_eq!(found, [common, 2 * common, ALONE, 2 * common * PAGE]);
+    assert_eq!(
+        (number(totals, "is_shared_bytes"), number(totals, "saved_now_bytes")),
+        (0, 0),
+        "nothing is mounted"
+    );
+
+    farm.mount();
+    let mounted = farm.status();
+    assert_eq!(number(&mounted["totals"], "is_shared_bytes"), 2 * common * PAGE);
+    assert_eq!(number(&mounted["totals"], "saved_now_bytes"), 0, "nothing runs");
+
+    let sleepers = NAMES.map(|name| farm.sleeper(name));
+    let running = farm.status();
+    let (rss, pss, areas) =
+        sleepers.iter().map(Sleeper::mapped).fold((0, 0, 0), |a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2));
+    let of_views: u64 = NAMES.iter().map(|name| number(root(&running, name), "mapped_bytes")).sum();
+    assert_eq!(of_views, rss, "each view's own mapped pages, as smaps tells them");
+    let distinct = number(&running["totals"], "mapped_bytes");
+    // smaps rounds each mapping's share down to KiB.
+    assert!(distinct.abs_diff(pss) <= areas << 10, "distinct {distinct}, sum of shares {pss}");
+    assert!(distinct > 0);
+    assert_eq!(number(&running["totals"], "saved_now_bytes"), rss - distinct);
+
+    // A second process of one view saves nothing more: its pages would have been that view's copy.
+    let again = farm.sleeper("a");
+    let more = farm.status();
+    assert_eq!(number(&more["totals"], "saved_now_bytes"), rss - distinct);
+    assert_eq!(number(root(&more, "a"), "processes"), 2);
+    drop((again, sleepers));
+    assert_eq!(number(&farm.status()["totals"], "saved_now_bytes"), 0, "nothing runs any more");
+}
+
+#[test]
+fn privileged_status_tells_three_savings_apart_xfs() {
+    could_is_now(RigFs::Xfs);
+}
+
+#[test]
+fn privileged_status_tells_three_savings_apart_btrfs() {
+    could_is_now(RigFs::Btrfs);
+}
+
+#[test]
+fn privileged_status_sees_writes_of_views_and_of_raw_roots() {
+    let farm = Farm::new(RigFs::Xfs);
+    farm.mount();
+    let shared = number(&farm.status()["totals"], "is_shared_bytes");
+    append(&farm.view("b", "data1"), b"more");
+    fs::write(farm.view("b", "new"), b"12345").expect("written");
+    fs::remove_file(farm.view("c", "data2")).expect("removed");
+    append(&farm.raw("c", "sleep"), b"more");
+    let status = farm.status();
+    let (b, c) = (root(&status, "b"), root(&status, "c"));
+    assert_eq!((number(b, "broken_files"), number(b, "broken_bytes")), (1, DATA * PAGE + 4));
+    assert_eq!((number(b, "added_files"), number(b, "added_bytes")), (1, 5));
+    assert_eq!((number(c, "broken_files"), number(c, "removed")), (0, 1));
+    assert_eq!(number(&status["totals"], "is_shared_bytes"), shared - 2 * DATA * PAGE);
+    assert_eq!(number(&b["raw_changes"], "changed"), 0);
+    assert_eq!(c["raw_changes"]["examples"], serde_json::json!(["sleep"]));
+    let warnings = status["warnings"].to_string();
+    assert!(warnings.contains("export") && warnings.contains("raw root of c changed"), "{warnings}");
+    let quick = farm.json(&["status", "--quick"], &[]);
+    assert_eq!(root(&quick, "c")["raw_changes"], Value::Null);
+    // Where it is mounted is told, other mount namespaces included.
+    let mounted = root(&status, "a")["mounted"].as_array().expect("mounts").clone();
+    assert!(
+        mounted.iter().any(|m| m["path"] == farm.view("a", "").to_str().expect("text").trim_end_matches('/'))
+    );
+}
+
+#[test]
+fn privileged_explain_has_a_verdict_for_every_case() {
+    let farm = Farm::new(RigFs::Btrfs);
+    farm.mount();
+    fs::write(farm.view("a", "new"), b"x").expect("written");
+    append(&farm.view("b", "data1"), b"more");
+    let verdict = |path: &Path| farm.explain(path)["verdict"].as_str().expect("a verdict").to_owned();
+    for (path, want) in [
+        (farm.view("a", "data1"), "shared"),
+        (farm.view("a", "alone"), "alone"),
+        (farm.view("a", "empty"), "empty"),
+        (farm.view("a", "new"), "not_sealed"),
+        (farm.view("b", "data1"), "broken"),
+        (farm.view("c", "data1"), "shared"),
+        (farm.view("a", ""), "not_a_file"),
+        (farm.raw("a", "data1"), "raw_copy"),
+    ] {
+        assert_eq!(verdict(&path), want, "{path:?}");
+    }
+    let told = farm.explain(&farm.view("a", "data2"));
+    assert_eq!((number(&told, "sites"), told["site_list"].as_array().map(Vec::len)), (3, Some(3)));
+    let anchor = Path::new(told["anchor"]["path"].as_str().expect("a path"));
+    assert_eq!(verdict(anchor), "shared");
+    fs::read(farm.view("c", "data2")).expect("read");
+    let resident = number(&farm.explain(&farm.view("a", "data2"))["anchor"], "resident_pages");
+    assert!(resident >= DATA - 16, "read in one view, cached for all: {resident}");
+    let mut stranger = pagefold();
+    let output = stranger.args(["explain", "/etc/passwd", "--store"]).arg(farm.rig.path().join(".pagefold"));
+    let output = output.output().expect("the binary runs");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is in no sealed root"));
+}
+
+/// A memory group of a container, removed when dropped.
+struct Container(Memcg);
+
+impl Container {
+    fn new(hierarchy: &Hierarchy, name: &str) -> Container {
+        Container(hierarchy.group(&format!("pagefold-test-{}-{name}", std::process::id())).expect("a group"))
+    }
+
+    /// Reads a file in it; what it is charged for then.
+    fn read(&self, path: &Path) -> u64 {
+        let status = Command::new("/bin/sh")
+            .args(["-c", "echo 0 > \"$1\"; exec cat \"$2\" > /dev/null", "sh"])
+            .args([&self.0.procs_file(), path])
+            .status();
+        assert!(status.expect("a shell").success());
+        // The kernel sums up every two seconds.
+        std::thread::sleep(Duration::from_millis(2200));
+        self.0.charge().expect("its charge").file
+    }
+
+    fn name(&self) -> String {
+        self.0.path().file_name().expect("a name").to_string_lossy().into_owned()
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        let _ = self.0.remove();
+    }
+}
+
+#[test]
+fn privileged_prefault_charges_pagefold_and_no_container() {
+    let farm = Farm::new(RigFs::Xfs);
+    farm.mount();
+    let hierarchy = Hierarchy::open(&std::env::temp_dir()).expect("this test needs memory groups");
+    let containers = ["first", "second"].map(|name| Container::new(&hierarchy, name));
+    let own = Container::new(&hierarchy, "own");
+    // The kernel may take a few pages back at any time.
+    let data = DATA * PAGE - 16 * PAGE;
+    assert!(containers[0].read(&farm.view("a", "data1")) >= data, "who reads first pays");
+    let report = farm.json(&["prefault", "--cgroup", &own.name()], &[]);
+    assert_eq!(report["schema"], "pagefold.prefault/1");
+    assert!(number(&report, "cached_before_bytes") >= data, "data1 is paid for already: {report}");
+    assert!(number(&report, "read_bytes") >= data, "{report}");
+    let before = containers[1].0.charge().expect("its charge").file;
+    let after = containers[1].read(&farm.view("b", "data2"));
+    assert!(after - before < data / 4, "the second container pays nothing for data2: {before} {after}");
+    assert!(own.0.charge().expect("its charge").file >= data, "pagefold's group does");
+
+    let status = farm.json(&["status", "--who-pays", "--quick"], &[]);
+    let pays = |group: &Container| {
+        let payers = status["who_pays"].as_array().expect("payers");
+        let payer = payers.iter().find(|p| p["group"].as_str().is_some_and(|g| g.ends_with(&group.name())));
+        payer.map_or(0, |p| number(p, "bytes"))
+    };
+    assert!(pays(&containers[0]) >= data, "{status:#}");
+    assert!(pays(&own) >= data, "{status:#}");
+    assert!(pays(&containers[1]) < data / 4, "{status:#}");
+}
+
+#[test]
+fn privileged_prefault_keeps_to_its_limit() {
+    let farm = Farm::new(RigFs::Xfs);
+    let hierarchy = Hierarchy::open(&std::env::temp_dir()).expect("this test needs memory groups");
+    let own = Container::new(&hierarchy, "limit");
+    let limit = DATA * PAGE + DATA * PAGE / 2;
+    let args = ["prefault", "--cgroup", &own.name(), "--max", &limit.to_string()];
+    let report = farm.json(&args, &[]);
+    assert!((1..=limit).contains(&number(&report, "read_bytes")), "{report}");
+    assert_eq!(number(&report, "over_limit"), 1, "one of the two large files: {report}");
+    let hot = farm.json(&["prefault", "--hot", "--cgroup", &own.name()], &[]);
+    assert_eq!(number(&hot, "read_bytes"), 0, "what is hot is complete: {hot}");
+}
+
+#[test]
+fn privileged_bench_that_fails_leaves_nothing() {
+    let mut command = pagefold();
+    command.args([
+        "farm",
+        "bench",
+        "--image",
+        "synthetic:files=20,max=8192",
+        "--containers",
+        "2",
+        "--arms",
+        "view,overlay",
+    ]);
+    let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the binary runs");
+    let id = child.id();
+    let output = child.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("python3 in "), "the program that did not start is named: {said}");
+    let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mounts");
+    assert!(!mounts.contains(&format!("pagefold-bench-{id}/")), "{mounts}");
+    let hierarchy = Hierarchy::open(&std::env::temp_dir()).expect("this test needs memory groups");
+    let left = hierarchy.groups(&format!("pagefold-bench-{id}-")).expect("groups");
+    assert!(left.is_empty(), "{left:?}");
+}
