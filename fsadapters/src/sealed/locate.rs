@@ -10,6 +10,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dashmap::DashMap;
@@ -24,6 +25,8 @@ use super::reading::{Readings, signature, stamp};
 use super::walk::{FileAt, FileLook, WalkError};
 use crate::scan::Progress;
 use crate::store::{AnchorKey, AnchorRow, Build, ContentHash, Lookup, NewAnchor, Signature, Store};
+
+mod refresh;
 
 /// How often a file that moves is looked at again.
 const TRIES: u32 = 4;
@@ -80,7 +83,10 @@ pub(crate) struct Locator<'a> {
     places: Map<(u64, Signature), Slot>,
     contents: Map<(u64, ContentHash), Slot>,
     small: Map<AnchorKey, Arc<[u8]>>,
-    /// Made here, and whether it was told to be published.
+    /// Hints were looked at (see `refresh`).
+    refreshed: AtomicBool,
+    refreshing: Mutex<bool>,
+    /// Made here (or found elsewhere than their hints say), and whether it was told to be published.
     made: Map<AnchorKey, (AnchorRow, bool)>,
     /// Set in the last round: no more proofs, only clones.
     pub clone_only: bool,
@@ -116,6 +122,8 @@ impl<'a> Locator<'a> {
             contents: Map::default(),
             small: Map::default(),
             made: Map::default(),
+            refreshed: AtomicBool::new(false),
+            refreshing: Mutex::new(false),
             clone_only: false,
         }
     }
@@ -169,11 +177,28 @@ impl<'a> Locator<'a> {
     ) -> Result<Option<(Stat, Located)>, WalkError> {
         let place = if reading.decides() { signature(&reading.layout) } else { None };
         if let Some(place) = place {
-            let known = self.lookup.by_extents(self.domain, reading.layout.size, &place)?;
-            let slot = self.slot(&self.places, (reading.layout.size, place));
-            for anchor in [known, slot].into_iter().flatten() {
-                if let Some((stat, enclosed)) = self.enclose(anchor, fd, stat, &reading, room)? {
-                    return Ok(Some((stat, Located::at(Shown::Enclosed(enclosed)))));
+            let size = reading.layout.size;
+            let slot = self.slot(&self.places, (size, place));
+            if let Some(found) = self.enclose_some(slot, fd, stat, &reading, room)? {
+                return Ok(Some(found));
+            }
+            let known = self.lookup.by_extents(self.domain, size, &place)?;
+            if let Some(found) = self.enclose_some(known, fd, stat, &reading, room)? {
+                // The next clone's file is found without the index.
+                let slot = Arc::clone(&*self.places.entry((size, place)).or_default());
+                *slot.lock().unwrap_or_else(PoisonError::into_inner) = known;
+                return Ok(Some(found));
+            }
+            if self.readings.relocates() && !self.refreshed.load(Ordering::Acquire) {
+                let mut once = self.refreshing.lock().unwrap_or_else(PoisonError::into_inner);
+                if !std::mem::replace(&mut *once, true) {
+                    self.refresh()?;
+                    self.refreshed.store(true, Ordering::Release);
+                }
+                drop(once);
+                let slot = self.slot(&self.places, (size, place));
+                if let Some(found) = self.enclose_some(slot, fd, stat, &reading, room)? {
+                    return Ok(Some(found));
                 }
             }
             if !self.content {
@@ -183,7 +208,20 @@ impl<'a> Locator<'a> {
         self.by_content(fd, stat, reading, place, room)
     }
 
-    /// What another thread made for this name, once it has.
+    fn enclose_some(
+        &self,
+        anchor: Option<AnchorKey>,
+        fd: BorrowedFd<'_>,
+        stat: &Stat,
+        reading: &Reading,
+        room: &mut Room,
+    ) -> Result<Option<(Stat, Located)>, WalkError> {
+        let Some(anchor) = anchor else { return Ok(None) };
+        let enclosed = self.enclose(anchor, fd, stat, reading, room)?;
+        Ok(enclosed.map(|(stat, enclosed)| (stat, Located::at(Shown::Enclosed(enclosed)))))
+    }
+
+    /// What another thread found or made for this name, once it has.
     fn slot<K: std::hash::Hash + Eq>(&self, slots: &Map<K, Slot>, name: K) -> Option<AnchorKey> {
         let slot = Arc::clone(&*slots.get(&name)?);
         *slot.lock().unwrap_or_else(PoisonError::into_inner)

@@ -30,6 +30,7 @@ pub(crate) struct Readings {
     /// Addresses of this file system name bytes.
     physical: bool,
     has_realtime: bool,
+    relocates: bool,
     page: PageSize,
     /// Before maps of XFS (see [`crate::turnstile`]).
     maps: Option<Turnstile>,
@@ -46,10 +47,16 @@ impl Readings {
         Readings {
             physical: facts.description.physical_identity && facts.overlay.is_none(),
             has_realtime: facts.has_realtime,
+            relocates: facts.description.kind == "btrfs",
             page: page.expect("the kernel's page size is a power of two"),
             maps: (facts.description.kind == "xfs").then(Turnstile::default),
             moments: AtomicU64::new(0),
         }
+    }
+
+    /// Whether the file system moves blocks of files that nobody writes (btrfs balance).
+    pub fn relocates(&self) -> bool {
+        self.relocates
     }
 
     fn now(&self) -> Moment {

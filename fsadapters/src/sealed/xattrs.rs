@@ -16,6 +16,9 @@ use super::tree::Xattr;
 /// The most bytes of a list of names and of a value that the kernel gives (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
 const KERNEL_MAX: usize = 65536;
 
+/// Bytes that a list of names or a value is tried with first.
+const SHORT_LIST: usize = 512;
+
 /// Room for one answer of the kernel.
 #[derive(Debug)]
 pub(crate) struct XattrBuffer {
@@ -55,9 +58,14 @@ impl XattrBuffer {
     }
 
     fn read(&mut self, of: Of<'_>) -> io::Result<Vec<Xattr>> {
-        let listed = match of {
-            Of::Open(fd) => flistxattr(fd, &mut self.names[..]),
-            Of::Path(path) => listxattr(path, &mut self.names[..]),
+        let list = |room: &mut [u8]| match of {
+            Of::Open(fd) => flistxattr(fd, room),
+            Of::Path(path) => listxattr(path, room),
+        };
+        // The kernel allocates as much as it is offered: nearly all lists are empty or short.
+        let listed = match list(&mut self.names[..SHORT_LIST]) {
+            Err(Errno::RANGE) => list(&mut self.names[..]),
+            other => other,
         };
         let length = match listed {
             Ok(length) => length,
@@ -70,9 +78,13 @@ impl XattrBuffer {
             if name.to_bytes().starts_with(b"btrfs.") {
                 continue;
             }
-            let got = match of {
-                Of::Open(fd) => fgetxattr(fd, name, &mut self.value[..]),
-                Of::Path(path) => getxattr(path, name, &mut self.value[..]),
+            let get = |room: &mut [u8]| match of {
+                Of::Open(fd) => fgetxattr(fd, name, room),
+                Of::Path(path) => getxattr(path, name, room),
+            };
+            let got = match get(&mut self.value[..SHORT_LIST]) {
+                Err(Errno::RANGE) => get(&mut self.value[..]),
+                other => other,
             };
             match got {
                 Ok(length) => found.push((name.to_bytes().into(), self.value[..length].into())),

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use crate::sealed::delta::{Delta, delta};
-use crate::sealed::tree::Tree;
+use crate::sealed::tree::{Inode, InodeIndex, Tree};
 use crate::store::manifest::read_manifest;
 use crate::store::{ImageDigest, RootRow, Store};
 
@@ -50,6 +50,10 @@ impl Base {
 
     /// What `tree` has that this has not; `None` where that is not worth an image of its own kind.
     pub fn difference(&self, tree: &Tree) -> Option<Difference> {
+        // Clones, in a tenth of the time.
+        if shows_the_same(&self.tree, tree) {
+            return Some(Difference::None);
+        }
         let delta = delta(&self.tree, tree)?;
         // The root itself is always in it.
         if delta.tree.entries.len() == 1 && delta.gone.is_empty() {
@@ -58,4 +62,13 @@ impl Base {
         let size = delta.tree.entries.len() + delta.gone.len();
         (size <= tree.entries.len() / WORTH_IT).then_some(Difference::Some(delta))
     }
+}
+
+/// Whether an image of `a` is one of `b`: all but the raw inodes and the root directory's own metadata is equal.
+fn shows_the_same(a: &Tree, b: &Tree) -> bool {
+    let shown = |(x, y): (&Inode, &Inode)| x.meta == y.meta && x.node == y.node;
+    a.entries == b.entries
+        && a.inodes.len() == b.inodes.len()
+        && a.entries.first().map(|e| e.inode) == Some(InodeIndex(0))
+        && a.inodes.iter().zip(&b.inodes).skip(1).all(shown)
 }
