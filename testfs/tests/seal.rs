@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use pagefold_fsadapters::reflink::clone_file;
 use pagefold_fsadapters::scan::Progress;
+use pagefold_fsadapters::sealed::compare::{self, Compared};
 use pagefold_fsadapters::sealed::report::{Outcome, RootSeal, SealReport};
 use pagefold_fsadapters::sealed::seal::{SealConfig, seal};
 use pagefold_fsadapters::sealed::tree::{Data, EntryId, Node, Tree};
@@ -222,13 +223,13 @@ fn privileged_an_unsynced_overwrite_of_a_clone_does_not_hit_the_old_anchor() {
         let rig = rig(fs);
         let store = open(&rig);
         let old = make_root(&rig, "old", &[("file", &pages(8, 1))]);
-        seal_all(&store, &[old.clone()]);
+        seal_all(&store, std::slice::from_ref(&old));
         let new = make_root(&rig, "new", &[]);
         reflink(&old.join("file"), &new.join("file"));
         rustix::fs::sync();
         let file = File::options().write(true).open(new.join("file")).expect("writable");
         file.write_all_at(&[99; 4096], 3 * 4096).expect("written");
-        let report = seal_all(&store, &[new.clone()]);
+        let report = seal_all(&store, std::slice::from_ref(&new));
         assert_eq!(only(&report).counts.made, 1, "{fs:?}");
         assert_ne!(anchors(&store, &old), anchors(&store, &new));
     }
@@ -242,7 +243,7 @@ fn privileged_no_hint_is_believed() {
         let store = open(&rig);
         let (a, b, c) = (pages(8, 1), pages(8, 50), pages(8, 100));
         let root = make_root(&rig, "root", &[("a", &a), ("b", &b), ("c", &c)]);
-        seal_all(&store, &[root.clone()]);
+        seal_all(&store, std::slice::from_ref(&root));
         let known = anchors(&store, &root);
         let key = |name: &str| known[Path::new(name)].expect("not empty");
         let lookup = store.lookup().expect("a snapshot");
@@ -266,7 +267,7 @@ fn privileged_no_hint_is_believed() {
             reflink(&root.join(name), &clone.join(name));
         }
         rustix::fs::sync();
-        let report = seal_all(&store, &[clone.clone()]);
+        let report = seal_all(&store, std::slice::from_ref(&clone));
         let now = anchors(&store, &clone);
         assert_ne!(now[Path::new("c")], known[Path::new("c")]);
         if fs == RigFs::Xfs {
@@ -280,7 +281,7 @@ fn privileged_freed_blocks_that_another_file_got_are_not_taken_for_the_old_one()
     let rig = LoopRig::with_size(RigFs::Xfs, 512 << 20).unwrap_or_else(|e| panic!("needs root: {e}"));
     let store = open(&rig);
     let root = make_root(&rig, "root", &[("a", &pages(64, 1))]);
-    seal_all(&store, &[root.clone()]);
+    seal_all(&store, std::slice::from_ref(&root));
     let key = anchors(&store, &root)[Path::new("a")].expect("not empty");
     let before = place(&root.join("a"));
     // The anchor is lost by hand and the file deleted: its blocks are free, the index still names them.
@@ -302,6 +303,32 @@ fn privileged_freed_blocks_that_another_file_got_are_not_taken_for_the_old_one()
     seal_all(&store, &[other]);
 }
 
+fn compared(store: &Store, path: &Path, key: AnchorKey) -> Compared {
+    let domain = store.ensure_domain("default").expect("a domain").id;
+    compare::with_anchor(store, domain, key, File::open(path).expect("readable").as_fd()).expect("a map")
+}
+
+#[test]
+fn privileged_a_raw_file_is_compared_with_its_anchor_by_place() {
+    for fs in BOTH {
+        let rig = rig(fs);
+        let store = open(&rig);
+        let root = make_root(&rig, "root", &[("a", &pages(8, 1)), ("b", &pages(8, 50)), ("small", b"1")]);
+        seal_all(&store, std::slice::from_ref(&root));
+        let known = anchors(&store, &root);
+        let key = |name: &str| known[Path::new(name)].expect("not empty");
+        assert_eq!(compared(&store, &root.join("a"), key("a")), Compared::Same);
+        assert_eq!(compared(&store, &root.join("a"), key("b")), Compared::Elsewhere);
+        let small = if fs == RigFs::Btrfs { Compared::Undecided } else { Compared::Same };
+        assert_eq!(compared(&store, &root.join("small"), key("small")), small);
+        let file = File::options().write(true).open(root.join("a")).expect("writable");
+        file.write_all_at(&[1; 4096], 0).expect("the same bytes, written anew and dirty");
+        assert_eq!(compared(&store, &root.join("a"), key("a")), Compared::Elsewhere);
+        file.set_len(5).expect("shorter");
+        assert_eq!(compared(&store, &root.join("a"), key("a")), Compared::Elsewhere);
+    }
+}
+
 /// Where a file's first extent is.
 fn place(path: &Path) -> u64 {
     let mut first = 0;
@@ -319,7 +346,7 @@ fn privileged_after_a_btrfs_balance_clones_find_their_anchors_again() {
         farm::create(&spec(&dir, RigFs::Btrfs, 2, 0.0), &|_| {}, &AtomicBool::new(false)).expect("a farm");
     let store = open(&rig);
     let first = manifest.root_path(&dir, 0);
-    seal_all(&store, &[first.clone()]);
+    seal_all(&store, std::slice::from_ref(&first));
     let any = manifest
         .image
         .files
@@ -331,6 +358,9 @@ fn privileged_after_a_btrfs_balance_clones_find_their_anchors_again() {
     let balance = balance.expect("this test needs btrfs-progs");
     assert!(balance.status.success(), "{}", String::from_utf8_lossy(&balance.stderr));
     assert_ne!(before, place(&first.join(&any.names[0].0)), "the balance moved nothing");
+    let path = &any.names[0].0;
+    let key = anchors(&store, &first)[path].expect("not empty");
+    assert_eq!(compared(&store, &first.join(path), key), Compared::Same, "both moved to one place");
     let report = seal_all(&store, &[manifest.root_path(&dir, 1)]);
     assert_eq!(only(&report).counts.made, 0, "{:?}", only(&report).counts);
     assert_eq!(anchors(&store, &first), anchors(&store, &manifest.root_path(&dir, 1)));
@@ -361,7 +391,7 @@ fn privileged_links_odd_names_attributes_and_special_files_are_in_the_tree() {
             let file = File::open(root.join("file")).expect("there");
             rustix::fs::fsetxattr(&file, name, value, XattrFlags::empty()).expect("an attribute");
         }
-        seal_all(&store, &[root.clone()]);
+        seal_all(&store, std::slice::from_ref(&root));
         let (_, tree) = tree_of(&store, &root);
         let find = |path: &[u8]| {
             let entry = (0..tree.entries.len() as u32).find(|n| tree.path(EntryId(*n)) == path);
@@ -454,15 +484,15 @@ fn privileged_sealing_again_looks_only_at_what_changed() {
         let root = make_root(&rig, "root", &files);
         // Older than the clock's tick when it is sealed: a younger change time proves nothing.
         std::thread::sleep(Duration::from_millis(2100));
-        seal_all(&store, &[root.clone()]);
+        seal_all(&store, std::slice::from_ref(&root));
         let first = anchors(&store, &root);
-        let again = seal_all(&store, &[root.clone()]);
+        let again = seal_all(&store, std::slice::from_ref(&root));
         assert_eq!(only(&again).outcome, Outcome::Unchanged);
         assert_eq!((only(&again).generation, only(&again).counts.unchanged), (0, 40));
         std::fs::write(root.join("f03"), pages(3, 200)).expect("changed");
         std::fs::remove_file(root.join("f05")).expect("removed");
         std::fs::write(root.join("new"), pages(2, 77)).expect("added");
-        let changed = seal_all(&store, &[root.clone()]);
+        let changed = seal_all(&store, std::slice::from_ref(&root));
         let counts = only(&changed).counts;
         assert_eq!((only(&changed).outcome, only(&changed).generation), (Outcome::Sealed, 1));
         assert_eq!((counts.made, counts.unchanged, counts.files), (2, 38, 40), "{fs:?}");
@@ -536,7 +566,7 @@ fn privileged_domains_share_no_anchor() {
     let a = make_root(&rig, "a", &[("file", &pages(4, 1))]);
     let b = make_root(&rig, "b", &[]);
     reflink(&a.join("file"), &b.join("file"));
-    seal_all(&store, &[a.clone()]);
+    seal_all(&store, std::slice::from_ref(&a));
     let config = SealConfig { domain: "other".into(), ..SealConfig::new(vec![b.clone()]) };
     assert!(seal_with(&store, &config).is_complete());
     assert_sealed(&store, &b);

@@ -172,18 +172,18 @@ impl<'a> Locator<'a> {
         &self,
         fd: BorrowedFd<'_>,
         stat: &Stat,
-        reading: Reading,
+        reading: &Reading,
         room: &mut Room,
     ) -> Result<Option<(Stat, Located)>, WalkError> {
         let place = if reading.decides() { signature(&reading.layout) } else { None };
         if let Some(place) = place {
             let size = reading.layout.size;
-            let slot = self.slot(&self.places, (size, place));
-            if let Some(found) = self.enclose_some(slot, fd, stat, &reading, room)? {
+            let slot = self.slot(&self.places, &(size, place));
+            if let Some(found) = self.enclose_some(slot, fd, stat, reading, room)? {
                 return Ok(Some(found));
             }
             let known = self.lookup.by_extents(self.domain, size, &place)?;
-            if let Some(found) = self.enclose_some(known, fd, stat, &reading, room)? {
+            if let Some(found) = self.enclose_some(known, fd, stat, reading, room)? {
                 // The next clone's file is found without the index.
                 let slot = Arc::clone(&*self.places.entry((size, place)).or_default());
                 *slot.lock().unwrap_or_else(PoisonError::into_inner) = known;
@@ -196,13 +196,13 @@ impl<'a> Locator<'a> {
                     self.refreshed.store(true, Ordering::Release);
                 }
                 drop(once);
-                let slot = self.slot(&self.places, (size, place));
-                if let Some(found) = self.enclose_some(slot, fd, stat, &reading, room)? {
+                let slot = self.slot(&self.places, &(size, place));
+                if let Some(found) = self.enclose_some(slot, fd, stat, reading, room)? {
                     return Ok(Some(found));
                 }
             }
             if !self.content {
-                return self.make_or_wait(fd, stat, &reading, Name::Place(place), room);
+                return self.make_or_wait(fd, stat, reading, Name::Place(place), room);
             }
         }
         self.by_content(fd, stat, reading, place, room)
@@ -222,8 +222,8 @@ impl<'a> Locator<'a> {
     }
 
     /// What another thread found or made for this name, once it has.
-    fn slot<K: std::hash::Hash + Eq>(&self, slots: &Map<K, Slot>, name: K) -> Option<AnchorKey> {
-        let slot = Arc::clone(&*slots.get(&name)?);
+    fn slot<K: std::hash::Hash + Eq>(&self, slots: &Map<K, Slot>, name: &K) -> Option<AnchorKey> {
+        let slot = Arc::clone(&*slots.get(name)?);
         *slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -292,7 +292,7 @@ impl<'a> Locator<'a> {
         &self,
         fd: BorrowedFd<'_>,
         stat: &Stat,
-        reading: Reading,
+        reading: &Reading,
         place: Option<Signature>,
         room: &mut Room,
     ) -> Result<Option<(Stat, Located)>, WalkError> {
@@ -306,7 +306,7 @@ impl<'a> Locator<'a> {
             return Ok(None);
         }
         let known = self.lookup.by_content(self.domain, size, &hash)?;
-        let slot = self.slot(&self.contents, (size, hash));
+        let slot = self.slot(&self.contents, &(size, hash));
         for key in [known, slot].into_iter().flatten() {
             let same = match self.compare(fd, key, size, place.is_some(), room) {
                 Ok(same) => same,
@@ -319,7 +319,7 @@ impl<'a> Locator<'a> {
                 return Ok(Some((*stat, Located { read: true, ..Located::at(Shown::Same(same)) })));
             }
         }
-        self.make_or_wait(fd, stat, &reading, Name::Content(hash), room)
+        self.make_or_wait(fd, stat, reading, Name::Content(hash), room)
     }
 
     /// A file that shrank while it was read moved; anything else is an error.
@@ -442,7 +442,6 @@ impl<'a> Locator<'a> {
     }
 
     /// Clones the file to a new anchor. `None`: the file moved meanwhile, there is no anchor.
-    #[expect(clippy::type_complexity, reason = "one caller")]
     fn make(
         &self,
         fd: BorrowedFd<'_>,
@@ -538,7 +537,7 @@ impl FileLook for Locator<'_> {
             // Before Linux 6.5 nobody knows what is dirty: the bytes decide then.
             let usable = reading.is_settled()
                 || (!reading.moved && reading.cache == pagefold_engine::layout::CacheState::Unknown);
-            if usable && let Some(found) = self.settled(file.fd, &after, reading, room)? {
+            if usable && let Some(found) = self.settled(file.fd, &after, &reading, room)? {
                 return Ok(found);
             }
             before = rustix::fs::fstat(file.fd).map_err(|e| WalkError::here("stat", e))?;

@@ -17,6 +17,7 @@ pub mod assemble;
 mod bytes;
 pub mod commit;
 pub mod commit_root;
+pub mod compare;
 pub mod copy_out;
 pub mod delta;
 pub mod explain;

@@ -239,14 +239,14 @@ impl<'a> Session<'a> {
         let mut rest = Vec::new();
         let mut roots = Vec::new();
         for mut root in group {
-            let (fd, previous) = root.to_walk();
+            let (fd, previous) = root.give();
             roots.push(WalkRoot { fd, path: root.path.clone(), previous, avoid: root.store_inode });
             rest.push(root);
         }
         let sketches = walk(&roots, locator, self.config.threads, self.progress);
         let mut walked = Vec::new();
         for ((mut root, back), sketch) in rest.into_iter().zip(roots).zip(sketches) {
-            root.walked(back);
+            root.take_back(back);
             match sketch {
                 Ok(sketch) => walked.push(Walked { root, sketch }),
                 Err(error) => self.failed(root.index, root.path.clone(), &error.into()),

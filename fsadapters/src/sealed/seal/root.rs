@@ -101,13 +101,13 @@ impl OpenRoot {
         self.row.as_ref().map(|row| row.sealed_at)
     }
 
-    /// What a walk takes; given back by [`Self::walked`].
-    pub fn to_walk(&mut self) -> (OwnedFd, Option<Previous>) {
+    /// What a walk takes; given back by [`Self::take_back`].
+    pub fn give(&mut self) -> (OwnedFd, Option<Previous>) {
         let fd = self.fd.take().expect("a root is walked once at a time");
         (fd, self.previous.take())
     }
 
-    pub fn walked(&mut self, back: WalkRoot) {
+    pub fn take_back(&mut self, back: WalkRoot) {
         self.fd = Some(back.fd);
         self.previous = back.previous;
     }

@@ -15,11 +15,14 @@ pub(super) struct Gathered<F> {
     roots: Vec<Found<F>>,
 }
 
+/// A directory with the number of its own listing, or something else.
+type Hung<F> = (Option<u32>, Child<F>);
+
 struct Found<F> {
     /// The root directory's last listing.
     top: Option<(u32, Child<F>)>,
     /// Listing -> what hangs in it: a directory with the number of its own listing, or something else.
-    children: FxHashMap<u32, Vec<(Option<u32>, Child<F>)>>,
+    children: FxHashMap<u32, Vec<Hung<F>>>,
     unsettled: Vec<(u32, PathBuf)>,
     error: Option<WalkError>,
 }
