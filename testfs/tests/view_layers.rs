@@ -12,7 +12,7 @@ use pagefold_fsadapters::sealed::image::{self, BuiltImage};
 use pagefold_fsadapters::sealed::image_mount;
 use pagefold_fsadapters::sealed::live::{UpperState, probe};
 use pagefold_fsadapters::sealed::tree::{
-    Data, Entry, EntryId, Inode, InodeIndex, Meta, Node, RawFacts, Tree,
+    Data, Entry, EntryId, Inode, InodeIndex, Meta, Node, RawFacts, Tree, Xattr,
 };
 use pagefold_fsadapters::sealed::upper;
 use pagefold_fsadapters::store::key::AnchorKey;
@@ -285,7 +285,7 @@ impl Dice {
         self.bytes(length).into_iter().map(|b| if matches!(b, 0 | b'/') { b'_' } else { b }).collect()
     }
 
-    fn xattrs(&mut self) -> Vec<(Box<[u8]>, Box<[u8]>)> {
+    fn xattrs(&mut self) -> Vec<Xattr> {
         let (count, length) = match self.below(20) {
             0 => (240, 60),
             1 => (3, 65_535),
