@@ -23,6 +23,7 @@ pub mod delta;
 pub mod explain;
 pub mod export;
 pub mod gone;
+pub mod heal;
 pub mod idmap;
 pub mod image;
 pub mod image_mount;

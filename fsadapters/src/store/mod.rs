@@ -51,6 +51,7 @@ pub use key::{AnchorKey, ContentHash, ImageDigest, SealId, Signature, StoreId};
 pub use lock::LOCK_PATIENCE;
 pub use lookup::Lookup;
 pub use open::{OpenMode, Store};
+pub use remove::SealedGeneration;
 pub use rows::{AnchorRow, DomainRow, ImageRow, RootRow, ViewRow};
 pub use task::Task;
 pub use verify::{PROBLEMS_MAX, Problem, ProblemKind, VerifyReport};

@@ -13,7 +13,7 @@ use super::codec::encode;
 use super::crash::step;
 use super::error::StoreError;
 use super::index::{ANCHORS, GENERATIONS, GRAVES, Generation, Grave, IMAGES, ROOTS, StoredImage, VIEWS};
-use super::key::SealId;
+use super::key::{ImageDigest, SealId};
 use super::manifest::read_manifest;
 use super::open::{Store, anchor_name, image_name, root_name};
 use super::rows::{AnchorRow, RootRow};
@@ -27,6 +27,17 @@ const DEPTH_MAX: usize = 128;
 /// The level that it is moved up to: within `upper/` or `work/` for all that is removed here, and so of one project (a rename across
 /// project ids is refused).
 const DEPTH_TO: usize = 5;
+
+/// One generation of a root.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SealedGeneration {
+    /// Of which root.
+    pub id: SealId,
+    /// Its number: re-seals count it up.
+    pub generation: u64,
+    /// Its images, from top to bottom.
+    pub layers: Vec<ImageDigest>,
+}
 
 impl Store {
     /// Forgets a root and removes its uppers. Its image and anchors stay until [`Store::gc`].
@@ -90,6 +101,22 @@ impl Store {
                 if root == id.0 {
                     found.push(generation);
                 }
+                Ok(())
+            })
+        })?;
+        Ok(found)
+    }
+
+    /// All generations of all roots, each with the images that its upper belongs to.
+    ///
+    /// # Errors
+    /// The index can't be read.
+    pub fn generations(&self) -> Result<Vec<SealedGeneration>, StoreError> {
+        let mut found = Vec::new();
+        self.index.read(|read| {
+            read.each(GENERATIONS, |(id, generation), bytes| {
+                let Generation { layers, .. } = read.decoded(bytes)?;
+                found.push(SealedGeneration { id: SealId(id), generation, layers });
                 Ok(())
             })
         })?;

@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::fsid::{self, FsFacts};
 use crate::mountinfo::Mount;
+use crate::sealed::heal::heal;
 use crate::sealed::live::{self, UpperState};
 use crate::sealed::tree::EntryId;
 use crate::sealed::walk::{Previous, WalkError, WalkRoot};
@@ -240,6 +241,10 @@ impl<'a> Known<'a> {
     fn sealed_before(&self, row: &RootRow) -> Result<Option<Previous>, RootError> {
         if row.domain != self.domain.id {
             return Err(RootError::OtherDomain(row.domain));
+        }
+        // Whatever becomes of this seal: what views wrote needs the image that it was written over.
+        for lost in heal(self.store, row, self.domain)? {
+            tracing::warn!("image {lost} is damaged and can't be made again");
         }
         let dir = self.store.root_dir(row.id, row.generation);
         if live::probe(&dir, &self.store.dir().join("tmp"))? == UpperState::Live {
