@@ -6,7 +6,6 @@ mod commit_support {
 mod view_support;
 
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
 use std::process::Command;
 
 use commit_support::ops::{Change, Rng, carry_out, draw, known};

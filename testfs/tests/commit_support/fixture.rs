@@ -60,16 +60,46 @@ impl Fixture {
         Fixture { home: home.to_owned(), tree, files }
     }
 
+    /// Commits in a process of its own that is stopped at `step`, lets `meddle` do something then, and goes on to its end. False if it
+    /// never came to the step.
+    pub fn interfere(&self, step: &str, meddle: impl FnOnce()) -> bool {
+        self.mount("look", "ro");
+        let mut child =
+            self.child().env("PAGEFOLD_STOP_AT", step).env("PAGEFOLD_COMMIT_PARTIAL", "1").spawn().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        let state = || std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
+        let stopped = loop {
+            let state = state();
+            match state.rsplit(") ").next().and_then(|rest| rest.chars().next()) {
+                Some('T') => break true,
+                Some('Z') | None => break false,
+                _ => std::thread::sleep(std::time::Duration::from_millis(2)),
+            }
+        };
+        if stopped {
+            meddle();
+            rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+        }
+        assert!(child.wait().unwrap().success());
+        self.unmount("look");
+        stopped
+    }
+
+    fn child(&self) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .args(["--exact", "privileged_child_commits_for_the_crash_tests", "--nocapture"])
+            .env("PAGEFOLD_COMMIT_HOME", &self.home)
+            .stdout(std::process::Stdio::null());
+        command
+    }
+
     /// Commits in a process of its own that is to die at `step`, when it comes there for the `n`-th time. Whether it did.
     pub fn crash(&self, step: &str, n: u32) -> bool {
         use std::os::unix::process::ExitStatusExt;
         self.mount("look", "ro");
-        let output = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "privileged_child_commits_for_the_crash_tests", "--nocapture"])
-            .env("PAGEFOLD_COMMIT_HOME", &self.home)
-            .env("PAGEFOLD_CRASH_AT", format!("{step}:{n}"))
-            .output()
-            .unwrap();
+        let mut child = self.child();
+        let output = child.env("PAGEFOLD_CRASH_AT", format!("{step}:{n}")).output().unwrap();
         self.unmount("look");
         let died = output.status.signal() == Some(9);
         assert!(died || output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
