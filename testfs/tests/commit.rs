@@ -199,7 +199,7 @@ fn privileged_a_write_that_races_with_a_commit_is_kept() {
 fn privileged_a_full_disk_ends_a_commit_and_loses_nothing() {
     // btrfs keeps small files within its metadata, so only the larger ones meet the limit there.
     for fs in BOTH {
-        let rig = LoopRig::with_size(fs, 400 << 20).unwrap();
+        let rig = LoopRig::with_size(fs, 320 << 20).unwrap();
         let home = rig.path().join("home");
         std::fs::create_dir_all(home.join("raw")).unwrap();
         (0..40).for_each(|n| std::fs::write(home.join(format!("raw/f{n}")), vec![n; 9000]).unwrap());
@@ -208,7 +208,7 @@ fn privileged_a_full_disk_ends_a_commit_and_loses_nothing() {
         fixture.mount("view", "rw");
         (0..40)
             .for_each(|n| std::fs::write(fixture.view().join(format!("f{n}")), vec![100 + n; 9000]).unwrap());
-        for n in 0..4000 {
+        for n in 0..500 {
             std::fs::create_dir_all(fixture.view().join(format!("new{n}/deep"))).unwrap();
         }
         let shown = take(&fixture.view());

@@ -22,11 +22,23 @@ use pagefold_fsadapters::store::{OpenMode, RootRow, Store, StoreError, Task};
 use pagefold_testfs::rig::RigFs;
 use rustix::fs::XattrFlags;
 use view_support::snapshot::{differences, take};
-use view_support::{BOTH, Home, clone_tree, patiently};
+use view_support::{BOTH, Home, clone_tree};
+
+/// A view is live for a while after it was unmounted when a child that another test is starting has our descriptors, or when a
+/// container that somebody else starts has a copy of our mounts.
+fn patiently<T>(mut call: impl FnMut() -> T, passing: impl Fn(&T) -> bool) -> T {
+    for _ in 0..200 {
+        let result = call();
+        if !passing(&result) {
+            return result;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    call()
+}
 
 fn commit(store: &Store, row: &RootRow, on_conflict: OnConflict) -> Result<CommitReport, CommitError> {
     let options = CommitOptions { on_conflict, force: false };
-    // A descriptor that a starting child of another test has for a moment makes a view live.
     patiently(
         || commit_root(store, row, options, &Progress::default()),
         |r| match r {

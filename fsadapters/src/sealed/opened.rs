@@ -63,8 +63,17 @@ impl Opened {
             return free;
         }
         let mounts = mountinfo::read().unwrap_or_default();
-        let target = store.view(row.id).map_err(below)?.map(|v| v.target);
-        let Some(target) = target.filter(|t| view_at(&mounts, t).is_some()) else { return free };
+        let Some(view) = store.view(row.id).map_err(below)? else { return free };
+        let target = view.target;
+        if view_at(&mounts, &target).is_none() {
+            return free;
+        }
+        if !view.idmap.is_empty() {
+            return Err(CommitError::Refused(format!(
+                "the view of {:?} at {target:?} shows mapped owners, not those on disk: unmount it first",
+                row.name
+            )));
+        }
         // A clone without what is mounted in the view, which is no part of it.
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         let clone =

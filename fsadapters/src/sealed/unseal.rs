@@ -64,9 +64,14 @@ pub fn unseal_root(
     writes: &Writes,
     progress: &Progress,
 ) -> Result<UnsealReport, CommitError> {
-    finish_earlier(store, row)?;
-    refuse_live(store, row)?;
-    refuse_earlier(store, row, writes)?;
+    let given_up = matches!(writes, Writes::Discard);
+    // Somebody took the upper away: nobody can mount it, and nothing in it can be lost any more.
+    let is_gone = given_up && !store.root_dir(row.id, row.generation).join(UPPER).exists();
+    if !is_gone {
+        finish_earlier(store, row)?;
+        refuse_live(store, row)?;
+        refuse_earlier(store, row, writes)?;
+    }
     let mut report = UnsealReport {
         id: row.id,
         name: row.name.clone(),
@@ -76,7 +81,12 @@ pub fn unseal_root(
         exported: None,
         notes: Vec::new(),
     };
-    if has_changes(store, row)? && !settle(store, row, writes, &mut report, progress)? {
+    // A damaged manifest does not keep a root sealed whose writes are given up.
+    let has_changes = match has_changes(store, row) {
+        Err(_) if given_up => true,
+        result => result?,
+    };
+    if has_changes && !settle(store, row, writes, &mut report, progress)? {
         return Ok(report);
     }
     step("unseal.committed");
@@ -113,7 +123,7 @@ fn settle(
             Ok(complete)
         }
         Writes::Discard => {
-            if commit::past(&journal_of(store, row, row.generation))? == Past::Begun {
+            if matches!(commit::past(&journal_of(store, row, row.generation)), Ok(Past::Begun)) {
                 let note = "a commit of it was begun and did not end: the raw root holds a part of what the view wrote";
                 report.notes.push(note.into());
             }

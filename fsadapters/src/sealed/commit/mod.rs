@@ -135,6 +135,7 @@ pub fn apply(
     let mut run_state = run::Run {
         raw: scene.raw,
         tree: scene.sealed,
+        links: &children.links,
         state: &state,
         plan: &plan,
         sources: &sources,

@@ -38,6 +38,8 @@ const BATCH: usize = 512;
 pub(super) struct Run<'a> {
     pub raw: &'a Below,
     pub tree: &'a Tree,
+    /// Names that each sealed inode had.
+    pub links: &'a [u32],
     pub state: &'a State,
     pub plan: &'a Plan,
     pub sources: &'a Sources<'a>,
@@ -294,9 +296,8 @@ impl Run<'_> {
 
     /// Names within the root that the sealed inode at an entry had.
     fn links_of(&self, entry: usize) -> usize {
-        let Some(id) = self.plan.at[entry] else { return 0 };
-        let inode = self.tree.entries[id.0 as usize].inode;
-        self.tree.entries.iter().filter(|e| e.inode == inode).count()
+        let inode = self.plan.at[entry].map(|id| self.tree.entries[id.0 as usize].inode);
+        inode.map_or(0, |inode| self.links[inode.0 as usize] as usize)
     }
 
     /// Carries out what waits, if it is at least `least`.
