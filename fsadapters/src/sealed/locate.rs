@@ -10,7 +10,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dashmap::DashMap;
@@ -66,6 +66,16 @@ pub(crate) struct Room {
 type Slot = Arc<Mutex<Option<AnchorKey>>>;
 type Map<K, V> = DashMap<K, V, FxBuildHasher>;
 
+/// An anchor's first reading.
+struct First {
+    opened: Opened<AnchorKey>,
+    /// Open still, for its last: opening it is half of what a reading costs.
+    kept: Option<Protected>,
+}
+
+/// Anchors kept open at most; fewer where the limit of open files is low.
+const KEEP_MAX: u64 = 16 << 10;
+
 /// Everything one call of `seal` knows about anchors.
 pub(crate) struct Locator<'a> {
     pub store: &'a Store,
@@ -79,7 +89,9 @@ pub(crate) struct Locator<'a> {
     pub sealed_at: Vec<Option<i64>>,
     pub readings: Readings,
     reads: Bytes,
-    opened: Map<AnchorKey, Arc<Opened<AnchorKey>>>,
+    opened: Map<AnchorKey, Arc<First>>,
+    /// How many more anchors may stay open.
+    keep: AtomicIsize,
     places: Map<(u64, Signature), Slot>,
     contents: Map<(u64, ContentHash), Slot>,
     small: Map<AnchorKey, Arc<[u8]>>,
@@ -97,6 +109,11 @@ pub(crate) struct Locator<'a> {
 enum Name {
     Place(Signature),
     Content(ContentHash),
+}
+
+fn keep_open() -> isize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    isize::try_from((limit.unwrap_or(u64::MAX) / 4).min(KEEP_MAX)).unwrap_or(0)
 }
 
 impl<'a> Locator<'a> {
@@ -118,6 +135,7 @@ impl<'a> Locator<'a> {
             readings,
             reads: Bytes::default(),
             opened: Map::default(),
+            keep: AtomicIsize::new(keep_open()),
             places: Map::default(),
             contents: Map::default(),
             small: Map::default(),
@@ -243,24 +261,26 @@ impl<'a> Locator<'a> {
                 None => return Ok(None),
             },
         };
-        match opened.enclose(reading) {
+        match opened.opened.enclose(reading) {
             Ok(enclosed) => Ok(Some((*stat, enclosed))),
             Err(Unproven::Order) => {
                 let again = self.readings.read(fd, stat, &mut room.extents);
                 let (reading, stat) = again.map_err(|e| WalkError::here("read the extent map of", e))?;
-                Ok(opened.enclose(&reading).ok().map(|enclosed| (stat, enclosed)))
+                Ok(opened.opened.enclose(&reading).ok().map(|enclosed| (stat, enclosed)))
             }
             Err(_) => Ok(None),
         }
     }
 
     /// The first reading of an anchor. An anchor that can't be opened is none: the file gets one of its own.
-    fn open(&self, key: AnchorKey, size: u64, room: &mut Room) -> Option<Arc<Opened<AnchorKey>>> {
+    fn open(&self, key: AnchorKey, size: u64, room: &mut Room) -> Option<Arc<First>> {
         let anchor = self.protected(key, size)?;
         let (reading, _) = self.readings.read(anchor.file.as_fd(), &anchor.stat, &mut room.extents).ok()?;
-        let opened = Arc::new(Opened::new(key, reading).ok()?);
+        let opened = Opened::new(key, reading).ok()?;
+        let keep = self.keep.fetch_sub(1, Ordering::Relaxed) > 0;
+        let first = Arc::new(First { opened, kept: keep.then_some(anchor) });
         // Whoever came first: an earlier reading encloses more.
-        Some(Arc::clone(&*self.opened.entry(key).or_insert(opened)))
+        Some(Arc::clone(&*self.opened.entry(key).or_insert(first)))
     }
 
     fn protected(&self, key: AnchorKey, size: u64) -> Option<Protected> {
@@ -276,10 +296,17 @@ impl<'a> Locator<'a> {
 
     /// The last reading of an anchor.
     pub fn close(&self, key: AnchorKey, room: &mut Room) -> Option<Closed<AnchorKey>> {
-        let opened = Arc::clone(&*self.opened.get(&key)?);
-        let anchor = self.protected(key, opened.size())?;
+        let first = Arc::clone(&*self.opened.get(&key)?);
+        let again;
+        let anchor = match &first.kept {
+            Some(kept) => kept,
+            None => {
+                again = self.protected(key, first.opened.size())?;
+                &again
+            }
+        };
         let (reading, _) = self.readings.read(anchor.file.as_fd(), &anchor.stat, &mut room.extents).ok()?;
-        opened.close(&reading).ok()
+        first.opened.close(&reading).ok()
     }
 
     /// Forgets where an anchor was: it has moved.
@@ -485,7 +512,7 @@ impl<'a> Locator<'a> {
         new.finish()?;
         // Nobody could write it before either: it is ours alone, and the descriptor that could is closed.
         if let Ok(opened) = Opened::new(key, reading) {
-            self.opened.insert(key, Arc::new(opened));
+            self.opened.insert(key, Arc::new(First { opened, kept: None }));
         }
         let row = AnchorRow { serial, domain: self.domain, size, signature, content, borrowed: None };
         Ok((row, key))
