@@ -223,6 +223,25 @@ fn privileged_status_tells_three_savings_apart_btrfs() {
 }
 
 #[test]
+fn privileged_status_claims_nothing_for_a_written_file() {
+    let farm = Farm::new(RigFs::Btrfs);
+    farm.mount();
+    // Bytes after its end don't matter to a program.
+    append(&farm.view("b", "sleep"), b"more");
+    let sleepers = NAMES.map(|name| farm.sleeper(name));
+    let status = farm.status();
+    let (rss, _, _) = sleepers[0].mapped();
+    assert_eq!(number(root(&status, "b"), "mapped_bytes"), 0, "its pages are its own");
+    assert_eq!(number(root(&status, "b"), "processes"), 1);
+    assert_eq!(number(root(&status, "a"), "mapped_bytes"), rss);
+    let (of_a, of_c) = (rss, number(root(&status, "c"), "mapped_bytes"));
+    let distinct = number(&status["totals"], "mapped_bytes");
+    assert!(distinct >= of_a.max(of_c));
+    assert_eq!(number(&status["totals"], "saved_now_bytes"), of_a + of_c - distinct);
+    assert!(sleepers[1].mapped().0 > 0, "it does run");
+}
+
+#[test]
 fn privileged_status_sees_writes_of_views_and_of_raw_roots() {
     let farm = Farm::new(RigFs::Xfs);
     farm.mount();
