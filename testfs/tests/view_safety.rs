@@ -95,13 +95,23 @@ fn privileged_an_upper_of_another_image_is_refused() {
             assert!(matches!(error, ViewError::ForeignUpper { .. }), "{fs:?}: {error}");
         }
         assert_eq!(fs::read(a.join("written")).unwrap(), b"vb");
+        // Not by the kernel's check alone, which sees the topmost image only: our own mark is looked at too, and views don't show it.
+        fs::rename(&a, &aside).unwrap();
+        fs::rename(&b, &a).unwrap();
+        let view = home.mount(&store, &rows[0], "va");
+        let mark = "trusted.overlay.pagefold";
+        assert!(rustix::fs::getxattr(&view, mark, &mut [0u8; 64][..]).is_err());
+        home.umount(&store, &view);
+        rustix::fs::setxattr(&a, mark, &[7; 32], rustix::fs::XattrFlags::REPLACE).unwrap();
+        let error = home.try_mount(&store, &rows[0], "va", &MountOptions::default()).unwrap_err();
+        assert!(matches!(error, ViewError::ForeignUpper { .. }), "{fs:?}: {error}");
     }
 }
 
 #[test]
 fn privileged_a_used_root_is_refused_by_the_process_s_number() {
     for fs in BOTH {
-        let mut home = Home::new(fs);
+        let mut home = Home::alone(fs);
         plain_root(&home.at("a"));
         let store = home.store();
         let rows = home.seal(&store, &["a"]);
@@ -133,7 +143,7 @@ fn privileged_a_used_root_is_refused_by_the_process_s_number() {
 #[test]
 fn privileged_a_busy_view_names_who_holds_it_and_a_hidden_one_is_live() {
     for fs in BOTH {
-        let mut home = Home::new(fs);
+        let mut home = Home::alone(fs);
         plain_root(&home.at("a"));
         let store = home.store();
         let rows = home.seal(&store, &["a"]);

@@ -397,13 +397,17 @@ fn assemble(
         images.push(image_mount::mounted(&mounts, &store.image_path(digest), *digest)?);
     }
     let data = store.data_layer(row.domain)?;
+    let upper = open(&root_dir.join(UPPER))?;
+    if !upper::belongs_to(upper.as_fd(), &row.layers).map_err(failed("read the mark of", &root_dir))? {
+        return Err(ViewError::ForeignUpper { name: row.name.clone(), upper: root_dir.join(UPPER) });
+    }
     let make = |layers: &Layers| match options.handover {
         Some(handover) => overlay_with(layers, attributes, handover),
         None => overlay(layers, attributes),
     };
     let result = match &options.id_map {
         None => {
-            let (upper, work) = (open(&root_dir.join(UPPER))?, open(&root_dir.join(WORK))?);
+            let work = open(&root_dir.join(WORK))?;
             make(&Layers { upper, work, images, data: Some(data), mounts: Vec::new() })
         }
         Some(maps) => {
@@ -440,7 +444,7 @@ pub fn umount_view(store: &Store, target: &Path) -> Result<Unmounted, ViewError>
         step("umount.forgotten");
         done.root = Some(row.root);
         let root = store.root(row.root)?;
-        let state = probe_upper(store, &root)?;
+        let state = settled_state(store, &root)?;
         if let (UpperState::Live, Some(device)) = (state, device) {
             done.holders = holders(&device, &done.target);
         }
@@ -448,6 +452,22 @@ pub fn umount_view(store: &Store, target: &Path) -> Result<Unmounted, ViewError>
         release_images(store)?;
     }
     Ok(done)
+}
+
+/// What the upper is doing once those had time to go who hold it for a moment only: a process that is just being started has copies
+/// of all descriptors until it executes its program.
+fn settled_state(store: &Store, row: &RootRow) -> Result<UpperState, ProbeError> {
+    const TRIES: u32 = 20;
+    const PAUSE: std::time::Duration = std::time::Duration::from_millis(5);
+    let mut state = probe_upper(store, row)?;
+    for _ in 0..TRIES {
+        if state == UpperState::Free {
+            break;
+        }
+        std::thread::sleep(PAUSE);
+        state = probe_upper(store, row)?;
+    }
+    Ok(state)
 }
 
 /// Unmounts and gives the view's root directory as it was known, for the search for its holders.

@@ -19,7 +19,7 @@ use rustix::fs::{AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFla
 use rustix::io::Errno;
 
 use super::tree::{EntryId, Meta, Tree};
-use crate::store::step;
+use crate::store::{ImageDigest, step};
 
 /// The upper's directory in a root's directory.
 pub const UPPER: &str = "upper";
@@ -202,6 +202,31 @@ fn shown_name(name: &[u8]) -> Option<Vec<u8>> {
     match name.strip_prefix(b"trusted.overlay.") {
         Some(rest) => rest.strip_prefix(b"overlay.").map(|r| [b"trusted.overlay.", r].concat()),
         None => Some(name.to_vec()),
+    }
+}
+
+/// Whether the upper belongs to views of `layers`; one that belongs to none yet belongs to them from now on.
+///
+/// The kernel compares the topmost image only, and one small image of differences may lie on two bases. The mark's name is in
+/// overlayfs' own name space, so no view shows it and none can change it.
+///
+/// # Errors
+/// As reading and setting an attribute.
+pub(super) fn belongs_to(upper: BorrowedFd<'_>, layers: &[ImageDigest]) -> Result<bool, Errno> {
+    const MARK: &std::ffi::CStr = c"trusted.overlay.pagefold";
+    let mut hasher = blake3::Hasher::new_derive_key("pagefold layers of an upper 1");
+    layers.iter().for_each(|digest| drop(hasher.update(&digest.0)));
+    let wanted = hasher.finalize();
+    let mut value = [0u8; 64];
+    match rustix::fs::fgetxattr(upper, MARK, &mut value[..]) {
+        Ok(length) => Ok(value[..length] == wanted.as_bytes()[..]),
+        Err(Errno::NODATA) => {
+            rustix::fs::fsetxattr(upper, MARK, wanted.as_bytes(), XattrFlags::CREATE)?;
+            Ok(true)
+        }
+        // Longer than ours.
+        Err(Errno::RANGE) => Ok(false),
+        Err(e) => Err(e),
     }
 }
 

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use pagefold_fsadapters::reflink::clone_file;
 use pagefold_fsadapters::scan::Progress;
@@ -29,13 +30,32 @@ pub struct Home {
     // Before the rig goes, so does what is mounted on it.
     mounted: Vec<PathBuf>,
     pub rig: LoopRig,
+    _turn: Turn,
+}
+
+/// A process in a new mount namespace gets a copy of every view that is mounted then and keeps it alive: a test that starts one runs
+/// alone.
+static NAMESPACES: RwLock<()> = RwLock::new(());
+
+enum Turn {
+    Shared(RwLockReadGuard<'static, ()>),
+    Alone(RwLockWriteGuard<'static, ()>),
 }
 
 impl Home {
     pub fn new(fs: RigFs) -> Home {
+        Home::with(fs, Turn::Shared(NAMESPACES.read().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    /// For a test that makes mount namespaces.
+    pub fn alone(fs: RigFs) -> Home {
+        Home::with(fs, Turn::Alone(NAMESPACES.write().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    fn with(fs: RigFs, turn: Turn) -> Home {
         let rig = LoopRig::with_size(fs, 3 << 30)
             .unwrap_or_else(|e| panic!("this test needs root and loop devices: {e}"));
-        Home { mounted: Vec::new(), rig }
+        Home { mounted: Vec::new(), rig, _turn: turn }
     }
 
     pub fn at(&self, name: &str) -> PathBuf {
