@@ -21,7 +21,7 @@ use rustix::io::Errno;
 
 use super::crash::step;
 use super::error::StoreError;
-use super::index::{BUILDING, NEXT_SERIAL};
+use super::index::{BUILDING, GENERATIONS, Generation, NEXT_SERIAL};
 use super::key::{AnchorKey, ImageDigest, SealId};
 use super::open::{Store, anchor_name, domain_name, image_name, root_name};
 use super::remove::{remove_tree, unlink_immutable};
@@ -227,7 +227,10 @@ impl Build<'_> {
         let io = |what, e: Errno| StoreError::io(what, &store.dir.join(&name), e);
         drop(place::ensure_subdir(&store.dir, &store.fd, &format!("roots/{id}"))?);
         if place::exists(&store.fd, &name) {
-            if !is_unpublished(store, &name) {
+            // The mark alone does not decide: a crash right after the commit leaves it behind.
+            let row: Option<Generation> =
+                store.index.read(|read| read.get(GENERATIONS, (id.0, generation)))?;
+            if row.is_some() || !is_unpublished(store, &name) {
                 return Err(StoreError::Inconsistent(format!("{name} is there already")));
             }
             remove_tree(store, &name)?;

@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
-use super::build::is_unpublished;
+use super::build::{UNPUBLISHED, is_unpublished};
 use super::crash::step;
 use super::error::StoreError;
 use super::index::{ANCHORS, BUILDING, DOMAINS, GENERATIONS, IMAGES};
@@ -160,7 +160,10 @@ fn drop_unpublished_roots(store: &Store) -> Result<(), StoreError> {
         for generation in store.names_in(&format!("roots/{}", SealId(id)))? {
             let Some(generation) = numbered(&generation, "g") else { continue };
             let name = root_name(SealId(id), generation);
-            if !published.contains(&(id, generation)) && is_unpublished(store, &name) {
+            if published.contains(&(id, generation)) {
+                // Left by a crash right after the commit.
+                let _ = rustix::fs::unlinkat(&store.fd, format!("{name}/{UNPUBLISHED}"), AtFlags::empty());
+            } else if is_unpublished(store, &name) {
                 log(remove_tree(store, &name));
             }
         }

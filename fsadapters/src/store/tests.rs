@@ -309,6 +309,10 @@ fn only_what_was_never_published_goes() {
     build.write_image(&ImageDigest([7; 32]), b"orphan").unwrap();
     std::mem::forget(build);
     fs::create_dir_all(dir.join("tmp/deep/er")).unwrap();
+    // A crash right after a commit: the mark is still there, the generation is published.
+    let mark = store.root_dir(row.id, 1).join("unpublished");
+    fs::write(&mark, "").unwrap();
+    assert!(matches!(store.build(&domain).make_root_dir(row.id, 1), Err(StoreError::Inconsistent(_))));
     fs::create_dir(store.root_dir(row.id, 2)).unwrap();
     let unknown = store.root_dir(row.id, 3);
     fs::create_dir(&unknown).unwrap();
@@ -316,7 +320,7 @@ fn only_what_was_never_published_goes() {
     fs::write(dir.join("images/README"), "").unwrap();
     drop(store);
     let store = open(&dir).unwrap();
-    assert!(store.root_dir(row.id, 1).exists() && unknown.join("precious").exists());
+    assert!(store.root_dir(row.id, 1).exists() && !mark.exists() && unknown.join("precious").exists());
     assert!(dir.join("images/README").exists());
     assert!(!store.root_dir(row.id, 2).exists() && !store.root_dir(lost, 1).parent().unwrap().exists());
     assert!(!store.image_path(&ImageDigest([7; 32])).exists());
