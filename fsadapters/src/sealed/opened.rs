@@ -13,6 +13,7 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 
 use super::commit::{Anchors, Below, CommitError};
 use super::mount::{detached_view, probe_upper, view_at};
+use super::remains::mounts_of;
 use super::tree::Tree;
 use super::upper::{UPPER, WORK};
 use super::view_error::ViewError;
@@ -119,8 +120,12 @@ pub(super) fn refuse_live(store: &Store, row: &RootRow) -> Result<(), CommitErro
 }
 
 fn live_error(store: &Store, row: &RootRow) -> CommitError {
-    let at = store.view(row.id).ok().flatten().map(|v| format!(" at {:?}", v.target));
-    CommitError::Live { what: format!("the view of {:?}{}", row.name, at.unwrap_or_default()) }
+    let upper = store.root_dir(row.id, row.generation).join(UPPER);
+    let who = match mounts_of(&upper) {
+        at if !at.is_empty() => at.join(", "),
+        _ => "nowhere that can be seen: a process still has a file of it open".into(),
+    };
+    CommitError::Live { what: format!("the view of {:?}", row.name), who }
 }
 
 /// An error of something below.

@@ -74,6 +74,23 @@ fn remain(kind: RemainKind, what: String, remedy: impl Into<String>) -> Remain {
     Remain { kind, what, remedy: remedy.into() }
 }
 
+/// Where an overlay with this upper is mounted, in the mount namespace of any process: for the message that it is in use. Not seen: one that
+/// only an open file keeps.
+pub(super) fn mounts_of(upper: &Path) -> Vec<String> {
+    let is_it = |mount: &Mount| {
+        mount.kind == "overlay" && layers(&mount.fs_options).iter().any(|layer| layer == upper)
+    };
+    let mut found = Vec::new();
+    for (pid, mounts) in namespaces(&mut BTreeSet::new()) {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        for mount in mounts.iter().filter(|m| is_it(m)) {
+            let at = &mount.mount_point;
+            found.push(format!("at {at:?} in the mount namespace of process {pid} ({:?})", name.trim_end()));
+        }
+    }
+    found
+}
+
 /// The mounts of every mount namespace that some process is in, with one process of it to name.
 fn namespaces(found: &mut BTreeSet<Remain>) -> Vec<(u32, Vec<Mount>)> {
     let mut seen: BTreeMap<PathBuf, (u32, Vec<Mount>)> = BTreeMap::new();

@@ -23,10 +23,12 @@ pub enum CommitError {
         source: io::Error,
     },
     /// The view is in use.
-    #[error("{what} is mounted (perhaps in another mount namespace): umount it first")]
+    #[error("{what} is in use ({who}): unmount it there first")]
     Live {
-        /// Which root.
+        /// Which view.
         what: String,
+        /// Where it is mounted.
+        who: String,
     },
     /// It was asked to stop.
     #[error("interrupted: run it again to finish")]
