@@ -9,7 +9,7 @@ use std::process::{Child, Command};
 
 use pagefold_fsadapters::sealed::image_mount::ImageMountError;
 use pagefold_fsadapters::sealed::live::UpperState;
-use pagefold_fsadapters::sealed::mount::{MountOptions, discard_writes, probe_upper};
+use pagefold_fsadapters::sealed::mount::{MountOptions, discard_writes, mount_views, probe_upper};
 use pagefold_fsadapters::sealed::view_error::ViewError;
 use pagefold_fsadapters::store::{RootRow, Store};
 use pagefold_sys::handle;
@@ -195,6 +195,13 @@ fn privileged_targets_that_make_no_sense_are_refused() {
     assert!(matches!(why(0, "a/f"), ViewError::NotADirectory(_)));
     assert!(matches!(why(0, "."), ViewError::HidesStore(_)));
     assert!(matches!(why(0, "nowhere"), ViewError::Call { .. }));
+    fs::create_dir(home.at("other")).unwrap();
+    let both = |row: usize, name: &str| (rows[row].clone(), home.at(name));
+    for requests in [[both(0, "b"), both(1, "b")], [both(0, "b"), both(0, "other")]] {
+        let results = mount_views(&store, &requests, &MountOptions::default());
+        assert!(results[0].is_ok() && results[1].is_err(), "{results:?}");
+        home.umount(&store, &requests[0].1);
+    }
     let view = home.mount(&store, &rows[0], "view");
     let error = home.try_mount(&store, &rows[1], "view", &MountOptions::default()).unwrap_err();
     assert!(matches!(error, ViewError::AlreadyView(_)), "{error}");

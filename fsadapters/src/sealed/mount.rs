@@ -101,6 +101,7 @@ pub fn mount_views(
 ) -> Vec<Result<Mounted, ViewError>> {
     let mut all = Requests::new(store, requests, options);
     all.each(Requests::open);
+    all.refuse_twice();
     all.refuse_used();
     all.each(Requests::assemble);
     step("mount.assembled");
@@ -199,6 +200,19 @@ impl<'a> Requests<'a> {
                 row.name
             )
         }))
+    }
+
+    /// Within one call nothing is mounted yet that could be seen.
+    fn refuse_twice(&mut self) {
+        let (mut targets, mut roots) = (HashSet::new(), HashSet::new());
+        for request in self.list.iter_mut().filter(|r| r.error.is_none()) {
+            if !targets.insert(request.target.clone()) {
+                request.error = Some(ViewError::AlreadyView(request.target.clone()));
+            } else if !roots.insert(request.row.id) {
+                let (name, target) = (request.row.name.clone(), request.target.clone());
+                request.error = Some(ViewError::AlreadyMounted { name, target });
+            }
+        }
     }
 
     /// One truth at a time: who writes the raw root would not be seen by the view.

@@ -215,7 +215,9 @@ fn shown_name(name: &[u8]) -> Option<Vec<u8>> {
 pub(super) fn belongs_to(upper: BorrowedFd<'_>, layers: &[ImageDigest]) -> Result<bool, Errno> {
     const MARK: &std::ffi::CStr = c"trusted.overlay.pagefold";
     let mut hasher = blake3::Hasher::new_derive_key("pagefold layers of an upper 1");
-    layers.iter().for_each(|digest| drop(hasher.update(&digest.0)));
+    for digest in layers {
+        hasher.update(&digest.0);
+    }
     let wanted = hasher.finalize();
     let mut value = [0u8; 64];
     match rustix::fs::fgetxattr(upper, MARK, &mut value[..]) {
