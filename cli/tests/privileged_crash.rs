@@ -194,24 +194,46 @@ fn finish(rig: &ViewRig, scenario: &Scenario) {
     assert!(!rig.path(".pagefold").exists(), "{}: the store is still there", scenario.name);
 }
 
-/// Ends the command at `step` (its `time`th passing). False when it got to its end instead.
+/// Ends the command at `step`. False when it got to its end instead.
+///
+/// A process that starts a mount namespace anywhere on the host takes a copy of every mount with it, and for that moment our view
+/// is in use: then the command rightly refuses, and is tried again.
 fn crash_at(rig: &mut ViewRig, scenario: &Scenario, step: &str, crash: Crash) -> bool {
+    let started = Instant::now();
+    loop {
+        match try_crash_at(rig, scenario, step, crash) {
+            Ok(()) => return true,
+            Err(told) if told.contains("another mount namespace") && started.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            Err(told) => {
+                println!("{}: {step}: {told}", scenario.name);
+                return false;
+            }
+        }
+    }
+}
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn try_crash_at(rig: &mut ViewRig, scenario: &Scenario, step: &str, crash: Crash) -> Result<(), String> {
     let mut command = pagefold();
-    command.args((scenario.command)(rig)).stdout(Stdio::null()).stderr(Stdio::null());
+    command.args((scenario.command)(rig)).stdout(Stdio::null()).stderr(Stdio::piped());
     let variable = if crash == Crash::Kill { "PAGEFOLD_CRASH_AT" } else { "PAGEFOLD_STOP_AT" };
     let mut child = command.env(variable, step).spawn().expect("pagefold starts");
     if crash == Crash::Kill {
-        return child.wait().expect("it ends").signal() == Some(9);
+        let output = child.wait_with_output().expect("it ends");
+        return if output.status.signal() == Some(9) { Ok(()) } else { Err(told(&output)) };
     }
     if !stops(&mut child) {
-        return false;
+        return Err(told(&child.wait_with_output().expect("it ended")));
     }
     let in_the_dark = || {
         let _ = child.kill();
         let _ = child.wait();
     };
     rig.rig.cut_power_and(in_the_dark).unwrap_or_else(|e| panic!("{}: {step}: {e}", scenario.name));
-    true
+    Ok(())
 }
 
 /// Waits until the child is stopped; false when it ended.
@@ -260,7 +282,11 @@ fn again(rig: &ViewRig, scenario: &Scenario, what: &str) {
     if mounted || gone {
         return;
     }
-    let output = run(&(scenario.command)(rig));
+    let (mut output, started) = (run(&(scenario.command)(rig)), Instant::now());
+    while told(&output).contains("another mount namespace") && started.elapsed() < PATIENCE {
+        std::thread::sleep(Duration::from_millis(100));
+        output = run(&(scenario.command)(rig));
+    }
     assert!(output.status.success(), "{what}: run again: {}", told(&output));
 }
 

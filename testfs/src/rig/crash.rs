@@ -38,8 +38,22 @@ impl LoopRig {
         drop(dir);
         let_go();
         base::unmount_below(&self.mount_point);
-        unmount(&self.mount_point)?;
+        self.unmount_for_good()?;
         self.direct_io = mount_image(self.fs, &self.image(), &self.mount_point)?;
+        Ok(())
+    }
+
+    /// What was unmounted lazily, or is held by a mount namespace that somebody has just copied, ends a moment later, and only
+    /// then the file system: until its loop device is gone, another file system of its UUID would be refused.
+    fn unmount_for_good(&self) -> Result<(), RigError> {
+        if unmount(&self.mount_point).is_err() {
+            rustix::mount::unmount(&self.mount_point, rustix::mount::UnmountFlags::DETACH)
+                .map_err(|e| RigError::io("unmount", &self.mount_point, e.into()))?;
+        }
+        let started = std::time::Instant::now();
+        while tools::has_loops(&self.image()) && started.elapsed() < std::time::Duration::from_secs(30) {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
         Ok(())
     }
 
@@ -49,7 +63,7 @@ impl LoopRig {
         tools::run("cp", "coreutils", args.into_iter().chain([image.as_os_str(), copy.as_os_str()]))?;
         let_go();
         base::unmount_below(&self.mount_point);
-        unmount(&self.mount_point)?;
+        self.unmount_for_good()?;
         tools::detach_loops_of(&image);
         std::fs::rename(&copy, &image).map_err(|e| RigError::io("rename", &copy, e))?;
         self.direct_io = mount_image(self.fs, &image, &self.mount_point)?;

@@ -148,6 +148,12 @@ fn is_direct(device: &Path) -> bool {
     })
 }
 
+/// Whether a loop device is on `image`.
+pub(super) fn has_loops(image: &Path) -> bool {
+    run("losetup", "mount", [OsStr::new("-j"), image.as_os_str()])
+        .is_ok_and(|found| !found.trim_ascii().is_empty())
+}
+
 /// Frees every loop device on `image` (mounted ones go with their mount).
 pub(crate) fn detach_loops_of(image: &Path) {
     let Ok(found) = run("losetup", "mount", [OsStr::new("-j"), image.as_os_str()]) else {
