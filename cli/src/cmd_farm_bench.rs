@@ -44,7 +44,7 @@ enum ArmName {
         Exit status: 0 done; 1 interrupted; 2 wrong usage or an error; 3 this host can't."
 )]
 pub struct BenchArgs {
-    /// Containers of each arm.
+    /// Containers of each arm; 0: none, only --walk.
     #[arg(long, default_value_t = 20, value_name = "N")]
     containers: u32,
     /// What to compare, in this order.
@@ -62,7 +62,7 @@ pub struct BenchArgs {
     /// Where that Debian is kept between runs [default: pagefold in the user's cache directory].
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
-    /// Percent of each root's files that change before the run.
+    /// Percent of each root's files that change before the run (with --containers 0).
     #[arg(long, default_value_t = 0.0, value_name = "P")]
     drift: f64,
     /// Also read everything in N roots of each arm.
@@ -178,7 +178,7 @@ fn render(report: &BenchReport) -> String {
     out.push_str(&format!("\n{}\n", arms_table(&report.arms)));
     if !report.walks.is_empty() {
         out.push_str(&format!(
-            "\neverything read once, from an empty cache:\n{}\n",
+            "\neverything read once, from an empty cache (ideal: each distinct file once, from how the roots were made):\n{}\n",
             walks_table(&report.walks)
         ));
     }
@@ -214,25 +214,37 @@ fn arms_table(arms: &[ArmReport]) -> String {
     ];
     let headers = std::iter::once(String::new()).chain(arms.iter().map(|a| a.arm.name().to_owned()));
     let mut table = table(headers.collect());
-    for (name, of) in rows {
-        table.add_row(std::iter::once(name.to_owned()).chain(arms.iter().map(of)));
+    // Without containers only the last was measured.
+    let first = if arms.iter().all(|a| a.cold_start.total_ms == 0.0) { rows.len() - 1 } else { 0 };
+    for (name, of) in &rows[first..] {
+        table.add_row(std::iter::once((*name).to_owned()).chain(arms.iter().map(of)));
     }
     align(&mut table);
     table.to_string()
 }
 
 fn walks_table(walks: &[WalkReport]) -> String {
-    let headers =
-        ["", "roots", "read", "cache of one", "cache of all", "ratio", "kernel of one", "kernel of all"];
+    let headers = [
+        "",
+        "roots",
+        "read",
+        "cache of one",
+        "cache of all",
+        "ideal",
+        "ratio",
+        "kernel of one",
+        "kernel of all",
+    ];
     let mut table = table(headers.map(str::to_owned).to_vec());
     for w in walks {
-        let ratio = w.cache_bytes as f64 / w.one_root_cache_bytes.max(1) as f64;
+        let ratio = w.cache_bytes as f64 / w.ideal_cache_bytes.max(1) as f64;
         table.add_row([
             w.arm.name().to_owned(),
             count(u64::from(w.roots)),
             bytes(w.read_bytes),
             bytes(w.one_root_cache_bytes),
             bytes(w.cache_bytes),
+            bytes(w.ideal_cache_bytes),
             format!("{ratio:.3}"),
             bytes(w.one_root_kernel_bytes),
             bytes(w.kernel_bytes),

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use pagefold_fsadapters::memcg::{Hierarchy, Memcg};
 
-use crate::farm::{self, FarmFs, FarmSpec, ImageSpec};
+use crate::farm::manifest::Drift;
+use crate::farm::{self, FarmFs, FarmSpec, ImageSpec, Manifest};
 use crate::rig::{RigFs, require_root};
 
 mod arms;
@@ -48,7 +49,7 @@ const OPEN_FILES: usize = 4000;
 /// What to run.
 #[derive(Clone, Debug)]
 pub struct BenchSpec {
-    /// Containers of each arm, 1 to 1000.
+    /// Containers of each arm, up to 1000. 0: none are started, only files are opened and read.
     pub containers: u32,
     /// Arms, in this order.
     pub arms: Vec<Arm>,
@@ -60,7 +61,7 @@ pub struct BenchSpec {
     pub image: Option<ImageSpec>,
     /// Where that Debian is kept.
     pub cache: PathBuf,
-    /// Percent of each root's files that change before the run.
+    /// Percent of each root's files that change before the run. Programs change too, so then no containers.
     pub drift_percent: f64,
     /// Also read everything of so many roots.
     pub walk: Option<u32>,
@@ -68,12 +69,17 @@ pub struct BenchSpec {
 
 impl BenchSpec {
     fn check(&self) -> Result<(), BenchError> {
-        let within = |what, n: u32| match n {
-            1..=1000 => Ok(()),
-            _ => Err(BenchError::Spec { what, why: format!("{n} is not within 1 and 1000") }),
-        };
-        within("--containers", self.containers)?;
-        self.walk.map_or(Ok(()), |n| within("--walk", n))
+        let refuse = |what, why: &str| Err(BenchError::Spec { what, why: why.to_owned() });
+        if self.containers > 1000 || self.walk.is_some_and(|n| n > 1000) {
+            return refuse("--containers, --walk", "at most 1000");
+        }
+        if self.containers == 0 && self.walk.unwrap_or(0) == 0 {
+            return refuse("--containers", "none, and no --walk: nothing to do");
+        }
+        if self.containers > 0 && self.drift_percent > 0.0 {
+            return refuse("--drift", "changes the programs too: only with --containers 0 --walk N");
+        }
+        Ok(())
     }
 }
 
@@ -88,6 +94,8 @@ struct Bench<'a> {
     groups: Hierarchy,
     place: Place,
     raw: Vec<PathBuf>,
+    /// What they were made of.
+    manifest: Option<Manifest>,
 }
 
 /// Runs it all. Must be called from a thread that lives until it returns, such as the main thread.
@@ -106,8 +114,8 @@ pub fn run(spec: &BenchSpec, step: OnStep<'_>, cancel: &AtomicBool) -> Result<Be
     let groups = Hierarchy::open(&std::env::temp_dir())?;
     sweep_groups(&groups)?;
     let place = Place::new(spec.on.as_deref(), spec.fs)?;
-    let mut bench = Bench { spec, step, cancel, groups, place, raw: Vec::new() };
-    bench.raw = bench.make_roots(image)?;
+    let mut bench = Bench { spec, step, cancel, groups, place, raw: Vec::new(), manifest: None };
+    bench.make_roots(image)?;
     let size = measure::size_of(&bench.raw[0], cancel)?;
     let (views, mut costs) = match spec.arms.contains(&Arm::View) {
         true => bench.seal().map(|(views, costs)| (Some(views), Some(costs)))?,
@@ -163,7 +171,7 @@ impl Bench<'_> {
         crate::rig::fs_kind(&self.place.dir).map_or_else(|_| "?".to_owned(), |kind| format!("{kind:?}"))
     }
 
-    fn make_roots(&self, image: ImageSpec) -> Result<Vec<PathBuf>, BenchError> {
+    fn make_roots(&mut self, image: ImageSpec) -> Result<(), BenchError> {
         (self.step)("roots");
         let kind =
             crate::rig::fs_kind(&self.place.dir).map_err(|e| BenchError::io("ask", &self.place.dir, e))?;
@@ -179,11 +187,10 @@ impl Bench<'_> {
             farm::FarmError::Cancelled => BenchError::Cancelled,
             e => BenchError::Farm(e),
         })?;
-        Ok(manifest
-            .roots
-            .iter()
-            .map(|root| spec.dir.join(farm::manifest::ROOTS_DIR).join(&root.name))
-            .collect())
+        let dir = spec.dir.join(farm::manifest::ROOTS_DIR);
+        self.raw = manifest.roots.iter().map(|root| dir.join(&root.name)).collect();
+        self.manifest = Some(manifest);
+        Ok(())
     }
 
     fn seal(&self) -> Result<(Views, ViewCosts), BenchError> {
@@ -201,6 +208,9 @@ impl Bench<'_> {
 
     /// Cold start, memory, warm start.
     fn run_arm(&self, arm: Arm, views: Option<&Views>) -> Result<ArmReport, BenchError> {
+        if self.spec.containers == 0 {
+            return Ok(ArmReport { arm, ..ArmReport::default() });
+        }
         (self.step)(&format!("{}: cold start", arm.name()));
         let roots = self.up(arm, self.spec.containers as usize, views)?;
         measure::drop_caches()?;
@@ -291,12 +301,26 @@ impl Bench<'_> {
             arm,
             roots: roots.paths().len() as u32,
             read_bytes: read,
+            ideal_cache_bytes: self.manifest.as_ref().map_or(0, |m| ideal_cache(m, roots.paths().len())),
             one_root_cache_bytes: one.file,
             cache_bytes: all.file,
             one_root_kernel_bytes: one.kernel,
             kernel_bytes: all.kernel,
         })
     }
+}
+
+/// Page cache of the first `count` roots if equal files had one copy: the image's files and each root's changed ones, each
+/// page once. From the manifest of what was made, not from anything that is under test.
+fn ideal_cache(manifest: &Manifest, count: usize) -> u64 {
+    let page = rustix::param::page_size() as u64;
+    let image = manifest.image.files.iter().map(|file| file.size);
+    let changed = manifest.roots.iter().take(count).flat_map(|root| &root.drift).map(|drift| match drift {
+        Drift::InPlace { size, .. } => *size,
+        Drift::Replaced { new, .. } | Drift::Added { new } => new.size,
+        Drift::Deleted { .. } => 0,
+    });
+    image.chain(changed).map(|size| size.div_ceil(page) * page).sum()
 }
 
 /// A group that is removed with this value.

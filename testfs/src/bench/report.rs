@@ -11,10 +11,11 @@ use pagefold_fsadapters::memcg::Version;
 pub const SCHEMA: &str = "pagefold.farm-bench/1";
 
 /// From what containers are started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Arm {
     /// Reflinked roots as they are.
+    #[default]
     Raw,
     /// Sealed views of them.
     View,
@@ -81,8 +82,8 @@ pub struct ViewCosts {
     pub store_disk_bytes: u64,
 }
 
-/// One arm.
-#[derive(Clone, Debug, Serialize)]
+/// One arm. Zeros where no containers ran.
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct ArmReport {
     /// Which.
     pub arm: Arm,
@@ -133,6 +134,8 @@ pub struct WalkReport {
     pub roots: u32,
     /// Bytes read from all of them.
     pub read_bytes: u64,
+    /// Page cache if equal files of these roots had one copy, from the manifest of how they were made.
+    pub ideal_cache_bytes: u64,
     /// Page cache charged after the first root.
     pub one_root_cache_bytes: u64,
     /// Page cache charged after all of them.
