@@ -87,6 +87,13 @@ fn privileged_speed_of_ten_thousand_anchors() {
         let store = open(&store_dir(&rig));
         let reopened = t.elapsed();
         let bytes = fs::metadata(store.dir().join("index.redb")).unwrap().blocks() * 512;
+        // Loose: a build without optimisation on a busy machine. Ten times these is a change of complexity.
+        let limit = Duration::from_secs(2);
+        assert!(
+            published < limit && looked_up < limit && reopened < limit,
+            "{published:?} {looked_up:?} {reopened:?}"
+        );
+        assert!(bytes < 8 << 20, "{bytes} bytes of index");
         println!(
             "{fs:?}: create {opened:?}, 10,000 anchors {made:?}, publish {published:?}, 10,000 hints {looked_up:?}, rows {rows:?}, \
              open {reopened:?}, index {bytes} bytes"
