@@ -76,6 +76,44 @@ fn shown(store: &Path, root_dir: &Path, images: Vec<OwnedFd>) -> BTreeMap<PathBu
     all
 }
 
+/// Every kind of difference.
+fn base_and_new() -> (Tree, Tree) {
+    let base = tree(&[
+        ("a", 0o755, None),
+        ("a/gone", 0o644, Some(1)),
+        ("a/kept", 0o644, Some(2)),
+        ("a/linked", 0o644, Some(3)),
+        ("b", 0o755, None),
+        ("b/linked", 0o644, Some(3)),
+        ("c", 0o755, None),
+        ("c/d", 0o755, None),
+        ("c/d/deep", 0o644, Some(4)),
+        ("c/file", 0o644, Some(5)),
+        ("gonedir", 0o755, None),
+        ("gonedir/x", 0o644, Some(6)),
+        ("same", 0o755, None),
+        ("same/x", 0o600, Some(7)),
+        ("swap", 0o755, None),
+        ("swap/x", 0o644, Some(6)),
+    ]);
+    let new = tree(&[
+        ("a", 0o755, None),
+        ("a/kept", 0o640, Some(2)),
+        ("a/linked", 0o644, Some(3)),
+        ("a/made", 0o644, Some(8)),
+        ("b", 0o700, None),
+        ("b/linked", 0o644, Some(9)),
+        ("c", 0o755, None),
+        ("c/d", 0o755, None),
+        ("c/file", 0o755, None),
+        ("c/file/below", 0o644, Some(5)),
+        ("same", 0o755, None),
+        ("same/x", 0o600, Some(7)),
+        ("swap", 0o644, Some(6)),
+    ]);
+    (base, new)
+}
+
 #[test]
 fn privileged_a_delta_over_a_base_shows_what_its_own_image_shows() {
     for fs in [RigFs::Xfs, RigFs::Btrfs] {
@@ -89,39 +127,7 @@ fn privileged_a_delta_over_a_base_shows_what_its_own_image_shows() {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, [b'0' + n; 3]).unwrap();
         }
-        let base = tree(&[
-            ("a", 0o755, None),
-            ("a/gone", 0o644, Some(1)),
-            ("a/kept", 0o644, Some(2)),
-            ("a/linked", 0o644, Some(3)),
-            ("b", 0o755, None),
-            ("b/linked", 0o644, Some(3)),
-            ("c", 0o755, None),
-            ("c/d", 0o755, None),
-            ("c/d/deep", 0o644, Some(4)),
-            ("c/file", 0o644, Some(5)),
-            ("gonedir", 0o755, None),
-            ("gonedir/x", 0o644, Some(6)),
-            ("same", 0o755, None),
-            ("same/x", 0o600, Some(7)),
-            ("swap", 0o755, None),
-            ("swap/x", 0o644, Some(6)),
-        ]);
-        let new = tree(&[
-            ("a", 0o755, None),
-            ("a/kept", 0o640, Some(2)),
-            ("a/linked", 0o644, Some(3)),
-            ("a/made", 0o644, Some(8)),
-            ("b", 0o700, None),
-            ("b/linked", 0o644, Some(9)),
-            ("c", 0o755, None),
-            ("c/d", 0o755, None),
-            ("c/file", 0o755, None),
-            ("c/file/below", 0o644, Some(5)),
-            ("same", 0o755, None),
-            ("same/x", 0o600, Some(7)),
-            ("swap", 0o644, Some(6)),
-        ]);
+        let (base, new) = base_and_new();
         let difference = delta(&base, &new).expect("no name is hidden");
         let mounted = |tree: &Tree| {
             let built = image::build(tree).unwrap();
