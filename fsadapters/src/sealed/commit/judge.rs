@@ -60,7 +60,10 @@ impl Judge<'_> {
         {
             return Ok(Verdict::Sealed(look));
         }
-        let ours = self.journal.built.get(path).is_some_and(|all| all.iter().any(|b| b.is_still(&look)));
+        // A directory's size and times are those of its entries: ours by its number alone, what is in it is judged by itself.
+        let is_ours =
+            |built: &Look| built.is_still(&look) || built.is_dir() && look.is_dir() && built.ino == look.ino;
+        let ours = self.journal.built.get(path).is_some_and(|all| all.iter().any(is_ours));
         Ok(if ours { Verdict::Ours(look) } else { Verdict::Foreign(look) })
     }
 

@@ -146,7 +146,10 @@ pub fn apply(
         blocked: FxHashSet::default(),
     };
     run_state.run(run)?;
-    let done = run_state.done;
+    let mut done = run_state.done;
+    // A name that had to wait for a directory is looked at twice with all names of its inode.
+    done.conflicts.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+    done.conflicts.dedup();
     if done.is_complete() {
         journal.append(vec![journal::Record::Done]).map_err(|e| io("write", e))?;
         crate::store::step("commit.done");

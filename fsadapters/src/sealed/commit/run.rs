@@ -73,7 +73,7 @@ impl Run<'_> {
         for &inode in &self.plan.inodes {
             self.check_cancel()?;
             let path = self.state.path(self.state.inodes[inode].names[0]);
-            let result = self.put_inode(&mut placer, inode, &mut late);
+            let result = self.put_inode(&mut placer, inode, Some(&mut late));
             self.note(&path, result)?;
             self.flush(&mut placer, BATCH)?;
         }
@@ -81,9 +81,10 @@ impl Run<'_> {
         step("commit.files.placed");
         self.remove(&mut placer)?;
         step("commit.names.gone");
-        for target in late {
-            let result = self.put_targets(&mut placer, self.state.entries[target.entry].inode, vec![target]);
-            let path = Vec::new();
+        for inode in late {
+            let path = self.state.path(self.state.inodes[inode].names[0]);
+            // With its other names, which are in place: the last ones are links to them.
+            let result = self.put_inode(&mut placer, inode, None);
             self.note(&path, result)?;
         }
         self.flush(&mut placer, 1)?;
@@ -203,10 +204,15 @@ impl Run<'_> {
         }
     }
 
-    /// Puts an inode at all its names.
-    fn put_inode(&mut self, placer: &mut Placer<'_>, inode: usize, late: &mut Vec<Target>) -> io::Result<()> {
+    /// Puts an inode at all its names; those where a directory has to go first wait in `late`, if that is given.
+    fn put_inode(
+        &mut self,
+        placer: &mut Placer<'_>,
+        inode: usize,
+        late: Option<&mut Vec<usize>>,
+    ) -> io::Result<()> {
         let shown = &self.state.inodes[inode];
-        let mut targets = Vec::new();
+        let (mut targets, mut waits) = (Vec::new(), false);
         for &entry in &shown.names {
             if self.blocked.contains(&self.state.entries[entry].parent) {
                 continue;
@@ -219,11 +225,15 @@ impl Run<'_> {
                 (Some(h), Some(s)) if h.look.is_dir() && s.node == Node::Dir => Verdict::Sealed(h.look),
                 _ => self.judge().judge(&path, held.as_ref(), sealed, Some((&shown.meta, &shown.kind)))?,
             };
-            let target = Target { entry, path, verdict };
             match verdict {
-                Verdict::Sealed(look) if look.is_dir() => late.push(target),
-                _ => targets.push(target),
+                Verdict::Sealed(look) | Verdict::Ours(look) if look.is_dir() && late.is_some() => {
+                    waits = true;
+                }
+                _ => targets.push(Target { entry, path, verdict }),
             }
+        }
+        if let Some(late) = late.filter(|_| waits) {
+            late.push(inode);
         }
         self.put_targets(placer, inode, targets)
     }
@@ -362,6 +372,10 @@ impl Run<'_> {
         }
         let sealed = sealed.filter(|s| s.node != Node::Dir);
         match self.judge().judge(path, Some(&held), sealed, None)? {
+            Verdict::Ours(look) if look.is_dir() => {
+                dirs.push((path.to_vec(), None));
+                Ok(())
+            }
             Verdict::Sealed(look) | Verdict::Ours(look) => {
                 let (dir, name) = split(path);
                 placer.remove(dir, name, look)
