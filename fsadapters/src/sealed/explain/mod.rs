@@ -66,7 +66,7 @@ pub enum ExplainError {
 /// [`ExplainError`].
 pub fn explain(store: &Store, path: &Path) -> Result<ExplainReport, ExplainError> {
     let path = resolve(path)?;
-    let views = mounts::of_store(store.dir());
+    let views = mounts::of_store(store)?;
     if let Some((domain, key)) = anchor_of_path(store, &path) {
         return of_anchor(store, path, domain, key, &views);
     }

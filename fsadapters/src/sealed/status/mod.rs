@@ -21,7 +21,7 @@ use pagefold_sys::cache::cachestat;
 use crate::sealed::raw::open_raw_root_among;
 use crate::sealed::tree::Tree;
 use crate::store::manifest::read_manifest;
-use crate::store::{AnchorKey, ImageDigest, RootRow, SealId, Store};
+use crate::store::{AnchorKey, ImageDigest, RootRow, Store};
 use crate::{memcg, mountinfo};
 
 mod inodes;
@@ -83,7 +83,7 @@ pub fn status(
     let mut look = Look { store, config, cancel, page, sites: Sites::default(), errors: Vec::new() };
     let domains = store.domains()?;
     let names: HashMap<u32, String> = domains.iter().map(|d| (d.id, d.name.clone())).collect();
-    let mut mounted = mounts::of_store(store.dir());
+    let mut mounted = mounts::of_store(store)?;
     let all_mounts = mountinfo::read().unwrap_or_default();
     let mut roots = Vec::new();
     for row in store.roots()? {
@@ -350,10 +350,4 @@ fn warnings(root: &Looked) -> Vec<String> {
             .push(format!("the view of {name} is meant to be mounted and is not: `pagefold mount --all`"));
     }
     warnings
-}
-
-/// All mounts of the view of `root` in `store`, in every mount namespace.
-#[must_use]
-pub fn mounts_of(store: &Store, root: SealId) -> Vec<ViewMount> {
-    mounts::of_store(store.dir()).remove(&root).unwrap_or_default()
 }
