@@ -369,7 +369,12 @@ fn privileged_prefault_charges_pagefold_and_no_container() {
     let own = Container::new(&hierarchy, "own");
     // The kernel may take a few pages back at any time.
     let data = DATA * PAGE - 16 * PAGE;
-    assert!(containers[0].read(&farm.view("a", "data1"), data) >= data, "who reads first pays");
+    let first = containers[0].read(&farm.view("a", "data1"), data);
+    assert!(
+        first >= data,
+        "who reads first pays: {first} of {data}, {}",
+        farm.explain(&farm.view("a", "data1"))
+    );
     let report = farm.json(&["prefault", "--cgroup", &own.name()], &[]);
     assert_eq!(report["schema"], "pagefold.prefault/1");
     assert!(number(&report, "cached_before_bytes") >= data, "data1 is paid for already: {report}");
@@ -402,30 +407,4 @@ fn privileged_prefault_keeps_to_its_limit() {
     assert_eq!(number(&report, "over_limit"), 1, "one of the two large files: {report}");
     let hot = farm.json(&["prefault", "--hot", "--cgroup", &own.name()], &[]);
     assert_eq!(number(&hot, "read_bytes"), 0, "what is hot is complete: {hot}");
-}
-
-#[test]
-fn privileged_bench_that_fails_leaves_nothing() {
-    let mut command = pagefold();
-    command.args([
-        "farm",
-        "bench",
-        "--image",
-        "synthetic:files=20,max=8192",
-        "--containers",
-        "2",
-        "--arms",
-        "view,overlay",
-    ]);
-    let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the binary runs");
-    let id = child.id();
-    let output = child.wait_with_output().expect("it ends");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{said}");
-    assert!(said.contains("python3 in "), "the program that did not start is named: {said}");
-    let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mounts");
-    assert!(!mounts.contains(&format!("pagefold-bench-{id}/")), "{mounts}");
-    let hierarchy = Hierarchy::open(&std::env::temp_dir()).expect("this test needs memory groups");
-    let left = hierarchy.groups(&format!("pagefold-bench-{id}-")).expect("groups");
-    assert!(left.is_empty(), "{left:?}");
 }
