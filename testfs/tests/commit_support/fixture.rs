@@ -27,6 +27,16 @@ pub fn run(program: &str, args: &[&dyn AsRef<OsStr>]) {
     assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// Tests run beside each other: a child that another is just starting holds our descriptors for a moment.
+fn patiently(what: &str, call: impl Fn() -> bool) {
+    let mut left = 100;
+    while !call() {
+        left -= 1;
+        assert!(left > 0, "{what} stays busy");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
 fn dir(path: &Path) -> Below {
     Below::new(OwnedFd::from(File::open(path).unwrap()))
 }
@@ -123,17 +133,16 @@ impl Fixture {
             path("up"),
             path("work")
         );
-        run("mount", &[&"-t", &"overlay", &"overlay", &"-o", &options, &path(at)]);
+        let at = path(at);
+        patiently(&at, || {
+            let args = ["-t", "overlay", "overlay", "-o", &options, &at];
+            Command::new("mount").args(args).output().unwrap().status.success()
+        });
     }
 
     pub fn unmount(&self, at: &str) {
-        // Tests run beside each other: a child that another is just starting holds our descriptors for a moment.
-        let mut left = 100;
-        while !Command::new("umount").arg(self.home.join(at)).output().unwrap().status.success() {
-            left -= 1;
-            assert!(left > 0, "{at} stays busy");
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
+        let path = self.home.join(at);
+        patiently(at, || Command::new("umount").arg(&path).output().unwrap().status.success());
     }
 
     /// Commits.
