@@ -60,10 +60,10 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         // A file system of our own goes as a whole.
-        if self._rig.is_none() {
-            if let Err(error) = std::fs::remove_dir_all(&self.dir) {
-                eprintln!("pagefold: can't remove {}: {error}", self.dir.display());
-            }
+        if self._rig.is_none()
+            && let Err(error) = std::fs::remove_dir_all(&self.dir)
+        {
+            eprintln!("pagefold: can't remove {}: {error}", self.dir.display());
         }
     }
 }
