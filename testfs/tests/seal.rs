@@ -129,6 +129,15 @@ fn privileged_links_odd_names_attributes_and_special_files_are_in_the_tree() {
     }
 }
 
+/// Also while unwinding: a scope waits for its threads.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// `cap_net_raw=ep`, version 2.
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
@@ -141,6 +150,7 @@ fn privileged_a_busy_writer_never_makes_an_anchor_of_two_moments() {
         let root = make_root(&rig, "root", &[("busy", &pages(PAGES, 0)), ("quiet", &pages(3, 9))]);
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let _stop = StopAtEnd(&stop);
             scope.spawn(|| {
                 // Page after page, so that at any moment the file is n pages of one generation, then pages of the one before.
                 let file = File::options().write(true).open(root.join("busy")).expect("writable");
@@ -163,7 +173,6 @@ fn privileged_a_busy_writer_never_makes_an_anchor_of_two_moments() {
                 one_moment(store.open_anchor(row.domain, &key).expect("there"), PAGES);
                 rounds += 1;
             }
-            stop.store(true, Ordering::Relaxed);
         });
     }
 }
@@ -178,6 +187,7 @@ fn privileged_names_that_come_and_go_while_a_root_is_sealed_do_not_stop_it() {
         let root = make_root(&rig, "root", &files);
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let _stop = StopAtEnd(&stop);
             scope.spawn(|| {
                 let mut number = 0;
                 while !stop.load(Ordering::Relaxed) {
@@ -201,7 +211,6 @@ fn privileged_names_that_come_and_go_while_a_root_is_sealed_do_not_stop_it() {
                     assert!(skipped.reason.contains("while"), "{skipped:?}");
                 }
             }
-            stop.store(true, Ordering::Relaxed);
         });
         // And when all is quiet, the tree is the root.
         seal_all(&store, std::slice::from_ref(&root));

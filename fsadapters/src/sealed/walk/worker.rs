@@ -164,11 +164,15 @@ impl<'a, L: FileLook> Worker<'a, L> {
     fn list(&mut self, dir: Opened) -> Result<(), WalkError> {
         let mut files: Vec<Listed> = Vec::new();
         let mut dirs: Vec<Box<[u8]>> = Vec::new();
-        read_dir(&dir.fd, |name, kind| match kind {
+        let listed = read_dir(&dir.fd, |name, kind| match kind {
             FileType::Directory => dirs.push(name.into()),
             kind => files.push((name.into(), kind)),
-        })
-        .map_err(|e| WalkError::here("list directory", e))?;
+        });
+        match listed {
+            // Removed since it was opened; its directory changed then and is listed again.
+            Err(Errno::NOENT) if dir.parent.is_some() => return Ok(()),
+            listed => listed.map_err(|e| WalkError::here("list directory", e))?,
+        }
         let xattrs = self.xattrs.of_open(dir.fd.as_fd());
         let xattrs = xattrs.map_err(|e| WalkError::here("read attributes of", e))?;
         let inode = Inode { meta: meta(&dir.stat, xattrs), raw: raw_facts(&dir.stat), node: Kind::Dir };
@@ -229,8 +233,10 @@ impl<'a, L: FileLook> Worker<'a, L> {
             self.haul.unsettled.push((node.root, node.number, node.path.clone()));
             return Ok(());
         }
-        let fd = open_in(node.fd.as_fd(), OsStr::new("."), OFlags::RDONLY | OFlags::DIRECTORY)
-            .map_err(|e| WalkError::here("open directory", e))?;
+        let fd = match open_in(node.fd.as_fd(), OsStr::new("."), OFlags::RDONLY | OFlags::DIRECTORY) {
+            Err(Errno::NOENT) if node.parent.is_some() => return Ok(()),
+            opened => opened.map_err(|e| WalkError::here("open directory", e))?,
+        };
         let stat = rustix::fs::fstat(&fd).map_err(|e| WalkError::here("stat", e))?;
         self.list(Opened {
             fd,
