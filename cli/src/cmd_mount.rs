@@ -277,6 +277,12 @@ fn after(args: &UmountArgs, store: &Store, done: &Unmounted) -> Extra {
     let row = store.root(root).map_err(|e| e.to_string())?;
     if args.discard {
         let gone = discard_writes(store, &row).map_err(|e| e.to_string())?;
+        if gone.half_committed {
+            return Err(format!(
+                "{} written entries were discarded, but a commit of them had begun: `pagefold commit {:?}` takes its part out of the raw root again",
+                gone.entries, row.name
+            ));
+        }
         return Ok(format!("{} written entries were discarded", gone.entries));
     }
     crate::cmd_commit::commit_one(store, &row)

@@ -21,7 +21,7 @@ use super::raw::open_raw_root;
 use super::seal::{SealConfig, seal};
 use super::tree::EntryId;
 use super::upper;
-use super::users::{self, Use, Watched};
+use super::users::{self, Watched};
 use crate::scan::Progress;
 use crate::store::manifest::read_manifest;
 use crate::store::{RootRow, SealId, Store, step};
@@ -86,10 +86,14 @@ pub fn commit_root(
         applied,
         seal_error,
     };
-    if !has_changes(store, row)? {
+    let applied = if has_changes(store, row)? {
+        apply(store, row, options, progress)?
+    } else if commit::past(&journal_of(store, row, row.generation))? == Past::Done {
+        // Committed before, but not sealed, and the upper was emptied since.
+        Applied::default()
+    } else {
         return Ok(report(CommitOutcome::Unchanged, Applied::default(), None));
-    }
-    let applied = apply(store, row, options, progress)?;
+    };
     if !applied.is_complete() {
         return Ok(report(CommitOutcome::Partial, applied, None));
     }
@@ -110,8 +114,9 @@ pub fn has_changes(store: &Store, row: &RootRow) -> Result<bool, CommitError> {
     let tree = tree_of(store, row)?;
     let pristine = upper::is_pristine(&root_dir, &tree.inode(EntryId(0)).meta);
     let pristine = pristine.map_err(|e| call("look into the upper of", &root_dir, e))?;
-    // An upper that was emptied after half a commit: the raw root is to be put right.
-    Ok(!pristine || commit::past(&journal_of(store, row, row.generation))? != Past::None)
+    // An upper that was emptied after half a commit: the raw root is to be put right. After a whole one the raw root is right, and
+    // what the view shows then is older.
+    Ok(!pristine || commit::past(&journal_of(store, row, row.generation))? == Past::Begun)
 }
 
 /// Brings the changes of `row`'s view into its raw root; leaves the upper as it is.
@@ -151,8 +156,7 @@ fn refuse_writers(store: &Store, row: &RootRow, (dev, ino): (u64, u64)) -> Resul
     };
     let tree = Watched { path: row.path.clone(), dev, ino, whole_device: false };
     let found = users::find(&[tree], &inodes).map_err(|e| call("list", "/proc".as_ref(), e))?;
-    let writes = |how: &Use| matches!(how, Use::Open(_) | Use::Mapped(_));
-    let writers: Vec<String> = found.iter().filter(|u| writes(&u.how)).map(ToString::to_string).collect();
+    let writers: Vec<String> = found.iter().filter(|u| u.how.writes()).map(ToString::to_string).collect();
     if writers.is_empty() {
         return Ok(());
     }

@@ -20,9 +20,11 @@ use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MoveMountFlags, UnmountFlags, move_mount, unmount};
 
 use super::assemble::{Handover, Layers, SOURCE, overlay, overlay_with};
+use super::commit::{self, Past};
 use super::gone::GONE;
 use super::idmap::{IdMaps, Mapped};
 use super::live::{ProbeError, UpperState, probe};
+use super::opened::journal_of;
 use super::raw::open_named_root;
 use super::upper::{self, Discarded, UPPER, WORK};
 use super::users::{self, Watched};
@@ -398,6 +400,7 @@ fn assemble(
 ) -> Result<OwnedFd, ViewError> {
     let mounts = store.dir().join(MOUNTS);
     let root_dir = store.root_dir(row.id, row.generation);
+    finish_discard(store, row)?;
     let open = |path: &Path| {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open", path))
@@ -551,5 +554,15 @@ pub fn discard_writes(store: &Store, row: &RootRow) -> Result<Discarded, ViewErr
     }
     let root_dir = store.root_dir(row.id, row.generation);
     let tree = read_manifest(&root_dir).map_err(|e| ViewError::Index(e.to_string()))?;
-    Ok(upper::discard(&root_dir, &tree.inode(EntryId(0)).meta)?)
+    let done = upper::discard(&root_dir, &tree.inode(EntryId(0)).meta)?;
+    let past = commit::past(&journal_of(store, row, row.generation));
+    Ok(Discarded { half_committed: !matches!(past, Ok(Past::None | Past::Done)), ..done })
+}
+
+/// Ends a discard that was interrupted. Until then nobody can have mounted the upper.
+pub(super) fn finish_discard(store: &Store, row: &RootRow) -> Result<(), ViewError> {
+    if upper::is_half_discarded(&store.root_dir(row.id, row.generation)) {
+        discard_writes(store, row)?;
+    }
+    Ok(())
 }

@@ -25,6 +25,8 @@ use crate::store::{ImageDigest, step};
 pub const UPPER: &str = "upper";
 /// Overlayfs' own scratch directory, beside it.
 pub const WORK: &str = "work";
+/// Beside them while the upper is being emptied: what it holds then is a part, and nobody's state.
+const DISCARDING: &str = "discarding";
 
 /// Why an upper could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -162,6 +164,9 @@ fn list_xattrs(file: BorrowedFd<'_>) -> Result<Vec<Vec<u8>>, Errno> {
 /// # Errors
 /// As the upper can't be read.
 pub fn is_pristine(root_dir: &Path, sealed: &Meta) -> io::Result<bool> {
+    if is_half_discarded(root_dir) {
+        return Ok(false);
+    }
     let path = root_dir.join(UPPER);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let upper = rustix::fs::open(&path, flags, Mode::empty())?;
@@ -237,18 +242,30 @@ pub(super) fn belongs_to(upper: BorrowedFd<'_>, layers: &[ImageDigest]) -> Resul
 pub struct Discarded {
     /// Entries that were removed, directories counted.
     pub entries: u64,
+    /// A commit of them had begun and not ended: the raw root holds a part. To commit again puts it right.
+    pub half_committed: bool,
+}
+
+/// Whether a [`discard`] was interrupted. A whiteout or an opaque directory that is left without what went with it would hide,
+/// and a commit would delete, what the view never lacked.
+#[must_use]
+pub fn is_half_discarded(root_dir: &Path) -> bool {
+    root_dir.join(DISCARDING).exists()
 }
 
 /// Empties the upper and makes it as it was when sealed. Only for an upper that nobody has mounted ([`super::live`]).
 ///
 /// The order matters: entries go first, the root's own metadata last, so that an interrupted discard is seen as "not pristine"
-/// and is done again. Overlayfs' index (in work) goes too, and the marks on the root stay: they name the image.
+/// and is done again: by whoever uses the upper next ([`is_half_discarded`]). Overlayfs' index (in work) goes too, and the marks on
+/// the root stay: they name the image.
 ///
 /// # Errors
 /// [`UpperError`] of the first thing that could not be removed.
 pub fn discard(root_dir: &Path, sealed: &Meta) -> Result<Discarded, UpperError> {
     let mut entries = 0;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mark = root_dir.join(DISCARDING);
+    put_mark(root_dir, &mark).map_err(failed("create", &mark))?;
     for name in [UPPER, WORK] {
         let path = root_dir.join(name);
         let dir = rustix::fs::open(&path, flags, Mode::empty()).map_err(failed("open", &path))?;
@@ -266,8 +283,17 @@ pub fn discard(root_dir: &Path, sealed: &Meta) -> Result<Discarded, UpperError> 
         }
     }
     dress(upper.as_fd(), &path, sealed)?;
-    rustix::fs::fsync(&upper).map_err(failed("sync", &path))?;
-    Ok(Discarded { entries })
+    // All that went is gone on disk before the mark is.
+    rustix::fs::syncfs(&upper).map_err(failed("sync", &path))?;
+    rustix::fs::unlink(&mark).map_err(failed("remove", &mark))?;
+    Ok(Discarded { entries, half_committed: false })
+}
+
+fn put_mark(root_dir: &Path, mark: &Path) -> Result<(), Errno> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::fsync(rustix::fs::open(mark, flags, Mode::RUSR)?)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::fsync(rustix::fs::open(root_dir, flags, Mode::empty())?)
 }
 
 /// Removes everything in `dir`, without recursion: a hostile tree may be as deep as it likes. Descriptors of the directories on

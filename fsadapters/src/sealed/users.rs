@@ -45,6 +45,14 @@ pub enum Use {
     Mapped(PathBuf),
 }
 
+impl Use {
+    /// Whether a file can be written through it as it is (in a view: may be).
+    #[must_use]
+    pub fn writes(&self) -> bool {
+        matches!(self, Use::Open(_) | Use::Mapped(_))
+    }
+}
+
 /// A process that uses a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct User {
@@ -54,7 +62,7 @@ pub struct User {
     pub pid: u32,
     /// Its name (`/proc/PID/comm`).
     pub name: String,
-    /// How; the first that was found.
+    /// How; the first that was found, but writing to a raw root before all else.
     pub how: Use,
 }
 
@@ -138,7 +146,13 @@ impl<'a> Search<'a> {
     }
 
     fn note(&mut self, pid: u32, process: &OwnedFd, tree: usize, how: Use) {
-        if self.found.iter().rev().take_while(|u| u.pid == pid).any(|u| u.tree == tree) {
+        let whole = self.trees[tree].whole_device;
+        if let Some(known) = self.found.iter_mut().rev().take_while(|u| u.pid == pid).find(|u| u.tree == tree)
+        {
+            // Who works in a raw root may also write to it, and that is what a commit asks for.
+            if !whole && how.writes() && !known.how.writes() {
+                known.how = how;
+            }
             return;
         }
         let name = read_small(process, c"comm").unwrap_or_default();
@@ -311,17 +325,19 @@ mod tests {
         };
         let mut inside = sleeper(&root.join("a/b"), std::process::Stdio::null());
         let file = std::fs::File::create(root.join("a/file")).unwrap();
-        let mut writer = sleeper(home.path(), file.into());
+        let mut writer = sleeper(home.path(), file.try_clone().unwrap().into());
+        let mut both = sleeper(&root, file.into());
         let reader = std::fs::File::open(root.join("a/file")).unwrap();
         let mut reader = sleeper(home.path(), reader.into());
         let found = who();
-        for child in [&mut inside, &mut writer, &mut reader] {
+        for child in [&mut inside, &mut writer, &mut both, &mut reader] {
             child.kill().unwrap();
             child.wait().unwrap();
         }
         let mut found: Vec<(u32, Use)> = found.into_iter().map(|u| (u.pid, u.how)).collect();
-        found.sort_by_key(|(pid, _)| *pid != inside.id());
+        let order = [inside.id(), writer.id(), both.id()];
+        found.sort_by_key(|(pid, _)| order.iter().position(|o| o == pid));
         let file = Use::Open(root.join("a/file"));
-        assert_eq!(found, [(inside.id(), Use::Cwd), (writer.id(), file)]);
+        assert_eq!(found, [(inside.id(), Use::Cwd), (writer.id(), file.clone()), (both.id(), file)]);
     }
 }

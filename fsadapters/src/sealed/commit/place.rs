@@ -470,7 +470,8 @@ fn settle(
         Err(e) => return Err(e.into()),
     }
     let there = Held::open(dir, name)?;
-    if !there.is_some_and(|t| built.is_some_and(|b| b.ino == t.look.ino)) {
+    // Written since: then it is not only ours any more.
+    if !there.is_some_and(|t| built.is_some_and(|b| b.is_still(&t.look))) {
         return Ok(false);
     }
     rustix::fs::renameat_with(dir, temp, dir, name, RenameFlags::EXCHANGE)?;

@@ -11,11 +11,12 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::fsid::{self, FsFacts};
 use crate::mountinfo::Mount;
+use crate::sealed::commit::{self, Past};
 use crate::sealed::heal::heal;
 use crate::sealed::live::{self, UpperState};
 use crate::sealed::tree::EntryId;
 use crate::sealed::walk::{Previous, WalkError, WalkRoot};
-use crate::sealed::{image, raw, upper};
+use crate::sealed::{image, opened, raw, upper};
 use crate::store::manifest::{ManifestError, read_manifest};
 use crate::store::{DomainRow, RootRow, SealId, Store, StoreError};
 
@@ -43,6 +44,10 @@ pub(crate) enum RootError {
     Live,
     #[error("its view has changes that the raw root has not: `pagefold commit` or `umount --discard` first")]
     Changes,
+    #[error(
+        "a commit of its view began and did not end, and what the view wrote was discarded: `pagefold commit` first, which puts the raw root right, or `unseal --discard` to keep it as it is"
+    )]
+    HalfCommitted,
     #[error(transparent)]
     Probe(#[from] live::ProbeError),
     #[error(transparent)]
@@ -256,9 +261,16 @@ impl<'a> Known<'a> {
             return Ok(Previous::new(tree));
         }
         let top = &tree.inode(EntryId(0)).meta;
+        if upper::is_half_discarded(&dir) {
+            upper::discard(&dir, top)?;
+        }
         let pristine = upper::is_pristine(&dir, top);
         if !pristine.map_err(|source| RootError::Io { op: "look into the upper of the view of", source })? {
             return Err(RootError::Changes);
+        }
+        let past = commit::past(&opened::journal_of(self.store, row, row.generation));
+        if past.map_err(|e| RootError::Io { op: "read", source: std::io::Error::other(e) })? == Past::Begun {
+            return Err(RootError::HalfCommitted);
         }
         Ok(Previous::new(tree))
     }
