@@ -195,3 +195,15 @@ fn privileged_domains_share_no_anchor() {
     let report = seal_with(&store, &SealConfig { domain: "other".into(), ..SealConfig::new(vec![a]) });
     assert!(report.errors[0].error.contains("unseal"), "{:?}", report.errors);
 }
+
+#[test]
+fn privileged_equal_roots_without_data_are_sealed_in_two_domains() {
+    let rig = rig(RigFs::Xfs);
+    let store = open(&rig);
+    let roots: Vec<PathBuf> = ["a", "b"].map(|name| make_root(&rig, name, &[])).into();
+    for (root, domain) in roots.iter().zip(["default", "other"]) {
+        let config = SealConfig { domain: domain.into(), ..SealConfig::new(vec![root.clone()]) };
+        assert!(seal_with(&store, &config).is_complete(), "{domain}");
+        assert_sealed(&store, root);
+    }
+}

@@ -139,6 +139,7 @@ pub(super) fn apply(
             index: opened.index.as_ref(),
             raw: &Below::new(raw),
             sealed: &opened.tree,
+            sealed_at: row.sealed_at,
             anchors: &DomainAnchors { store, domain: row.domain },
             journal: &journal_of(store, row, row.generation),
         };

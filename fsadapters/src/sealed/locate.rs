@@ -20,7 +20,7 @@ use rustc_hash::FxBuildHasher;
 use rustix::fs::Stat;
 
 use super::bytes::Bytes;
-use super::prove::{Cloned, Protected, SameBytes, Shown, Unchanged};
+use super::prove::{Cloned, Protected, SameBytes, Shown, UNDER_WAY_S, Unchanged};
 use super::reading::{Readings, signature, stamp};
 use super::walk::{FileAt, FileLook, WalkError};
 use crate::scan::Progress;
@@ -87,6 +87,8 @@ pub(crate) struct Locator<'a> {
     pub progress: &'a Progress,
     /// When each root was sealed last, seconds since 1970.
     pub sealed_at: Vec<Option<i64>>,
+    /// How long a write may have been under way then, seconds.
+    pub under_way_s: i64,
     pub readings: Readings,
     reads: Bytes,
     opened: Map<AnchorKey, Arc<First>>,
@@ -132,6 +134,7 @@ impl<'a> Locator<'a> {
             content: false,
             progress,
             sealed_at: Vec::new(),
+            under_way_s: UNDER_WAY_S,
             readings,
             reads: Bytes::default(),
             opened: Map::default(),
@@ -170,13 +173,14 @@ impl<'a> Locator<'a> {
             return Ok(None);
         };
         // Judged without the cache first: most changed files end here.
-        if Unchanged::judge(previous, file.stat, true, sealed_at).is_none() {
+        let sealed = (sealed_at, self.under_way_s);
+        if Unchanged::judge(previous, file.stat, true, sealed).is_none() {
             return Ok(None);
         }
         let size = file.stat.st_size.cast_unsigned();
         let dirty = self.readings.dirty(file.fd, size).map_err(|e| WalkError::here("ask the cache of", e))?;
         let clean = dirty == Some(false);
-        let Some(unchanged) = Unchanged::judge(previous, file.stat, clean, sealed_at) else {
+        let Some(unchanged) = Unchanged::judge(previous, file.stat, clean, sealed) else {
             return Ok(None);
         };
         if self.lookup.anchor(&unchanged.anchor())?.is_none_or(|row| row.domain != self.domain) {

@@ -144,6 +144,16 @@ fn is_nocow(file: BorrowedFd<'_>) -> bool {
     rustix::fs::ioctl_getflags(file).is_ok_and(|flags| flags.contains(IFlags::NOCOW))
 }
 
+/// How long a write may be under way, seconds. The kernel sets the change time when a write *begins*: one by direct I/O on XFS lets a map be
+/// read meanwhile, ends later, and moves no time again. A minute is twice the kernel's own time limit of a disk command.
+pub(crate) const UNDER_WAY_S: i64 = 60;
+
+/// Whether a change time that is the same still says that nothing was written since the sealing that *began* at `sealed_at`, seconds.
+/// git's rule for files that are "racily clean", with room for writes that were under way.
+pub(crate) fn is_telling(ctime_s: i64, sealed_at: i64, under_way_s: i64) -> bool {
+    ctime_s < sealed_at.saturating_sub(under_way_s)
+}
+
 /// A file that is as it was when its root was sealed last.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Unchanged {
@@ -151,17 +161,17 @@ pub(crate) struct Unchanged {
 }
 
 impl Unchanged {
-    /// Judges by inode, size and change time, with git's rule for files that are "racily clean": the change time must be older
-    /// than the last sealing by more than the clock's tick, else a write within the same tick would not show. `clean`: no dirty page now, so that every store
-    /// since then came through a fault, which sets the change time. `sealed_at` is when the last sealing *began*, in seconds.
-    pub fn judge(previous: &Inode, stat: &Stat, clean: bool, sealed_at: i64) -> Option<Unchanged> {
+    /// Judges by inode, size and a change time that [`is_telling`]. `clean`: no dirty page now, so that every store
+    /// since then came through a fault, which sets the change time. `sealed` is when the last sealing *began* and how long a write may
+    /// have been under way then, in seconds.
+    pub fn judge(previous: &Inode, stat: &Stat, clean: bool, sealed: (i64, i64)) -> Option<Unchanged> {
         let Node::File { size, data: Data::Anchor(anchor) } = previous.node else { return None };
         let raw = &previous.raw;
         let same = raw.ino == stat.st_ino
             && raw.size == size
             && stat.st_size.cast_unsigned() == size
             && raw.ctime == (stat.st_ctime, stat.st_ctime_nsec as u32);
-        let old = stat.st_ctime < sealed_at.saturating_sub(1);
+        let old = is_telling(stat.st_ctime, sealed.0, sealed.1);
         (same && old && clean).then_some(Unchanged { anchor })
     }
 
@@ -185,11 +195,17 @@ mod tests {
         let meta = Meta { mode: 0o644, uid: 0, gid: 0, mtime: (0, 0), xattrs: Vec::new() };
         let node = Node::File { size: 5, data: Data::Anchor(AnchorKey([3; 32])) };
         let sealed = Inode { meta, raw: raw_facts(&stat), node };
-        let later = stat.st_ctime + 2;
+        let later = (stat.st_ctime + UNDER_WAY_S + 1, UNDER_WAY_S);
         let judged = Unchanged::judge(&sealed, &stat, true, later);
         assert_eq!(judged.map(|u| u.anchor()), Some(AnchorKey([3; 32])));
         assert!(Unchanged::judge(&sealed, &stat, false, later).is_none(), "dirty");
-        assert!(Unchanged::judge(&sealed, &stat, true, stat.st_ctime + 1).is_none(), "racily clean");
+        for early in [1, 2, 30, UNDER_WAY_S] {
+            let sealed_at = (stat.st_ctime + early, UNDER_WAY_S);
+            assert!(
+                Unchanged::judge(&sealed, &stat, true, sealed_at).is_none(),
+                "a write under way: {early} s"
+            );
+        }
         for change in [
             |i: &mut Inode| i.raw.ino += 1,
             |i: &mut Inode| i.raw.ctime.1 ^= 1,

@@ -45,6 +45,9 @@ pub struct SealConfig {
     pub content: bool,
     /// Threads, at least 1.
     pub threads: usize,
+    /// How long a write may be under way, seconds: a file that changed so shortly before its root was sealed is looked at again by
+    /// the next seal, whatever its times say.
+    pub under_way_s: i64,
     /// Roots whose uppers were just committed in whole: they may be sealed although their uppers are not empty. For commit only, which
     /// holds the store's lock from the first to the last step.
     pub committed: Vec<SealId>,
@@ -61,6 +64,7 @@ impl SealConfig {
             domain: "default".into(),
             content: false,
             threads,
+            under_way_s: super::prove::UNDER_WAY_S,
             committed: Vec::new(),
         }
     }
@@ -81,6 +85,7 @@ pub fn seal(store: &Store, config: &SealConfig, progress: &Progress) -> Result<S
     let mut locator = Locator::new(store, &build, &lookup, Readings::new(&facts), progress);
     locator.domain = domain.id;
     locator.content = config.content;
+    locator.under_way_s = config.under_way_s;
     let mut opened = opened.into_iter().peekable();
     while opened.peek().is_some() && !progress.is_cancelled() {
         session.base = session.base.take().or_else(|| Base::choose(store, domain.id));

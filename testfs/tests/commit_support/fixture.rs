@@ -165,6 +165,8 @@ impl Fixture {
             index: index.as_ref(),
             raw: &dir(&at("raw")),
             sealed: &self.tree,
+            // Long after all changes, so that unchanged times tell.
+            sealed_at: i64::MAX,
             anchors: &anchors,
             journal: &at("journal"),
         };

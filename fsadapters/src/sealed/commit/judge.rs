@@ -2,7 +2,7 @@
 //!
 //! Invariant: what is not proved to be the first three is the fourth, and is never written. Equality is by everything a
 //! reader can see: kind, owner, permissions, modification time, attributes, bytes. The sealed inode number, change time and size
-//! spare that where they are all unchanged.
+//! spare that where they are all unchanged and the change time is old enough to tell.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -13,6 +13,7 @@ use super::bytes::{Sources, equal};
 use super::inode::{Held, Look};
 use super::journal::Journal;
 use super::state::Kind;
+use crate::sealed::prove::{UNDER_WAY_S, is_telling};
 use crate::sealed::tree::{Inode, Meta, Node};
 
 /// What was found; the look is of that moment and must still hold when the name is changed.
@@ -36,6 +37,8 @@ pub struct Judge<'a> {
     pub sources: &'a Sources<'a>,
     /// Earlier tries.
     pub journal: &'a Journal,
+    /// When sealing began, seconds since 1970.
+    pub sealed_at: i64,
 }
 
 impl Judge<'_> {
@@ -55,7 +58,7 @@ impl Judge<'_> {
             return Ok(Verdict::Wanted(look));
         }
         if let Some(sealed) = sealed
-            && (is_untouched(&look, sealed)
+            && (is_untouched(&look, sealed, self.sealed_at)
                 || self.is_same(held, &sealed.meta, &Kind::sealed(&sealed.node))?)
         {
             return Ok(Verdict::Sealed(look));
@@ -93,13 +96,35 @@ impl Judge<'_> {
     }
 }
 
-/// Whether inode number, change time and size are those of sealing time: then nobody has changed anything since.
-fn is_untouched(look: &Look, sealed: &Inode) -> bool {
+/// Whether inode number, change time and size are those of sealing time, and a change time so old tells that nobody has changed
+/// anything since.
+fn is_untouched(look: &Look, sealed: &Inode, sealed_at: i64) -> bool {
     let kind = match sealed.node {
         Node::Dir => return false,
-        Node::File { .. } => look.is_file(),
+        Node::File { .. } => look.is_file() && is_telling(look.ctime.0, sealed_at, UNDER_WAY_S),
         _ => !look.is_file() && !look.is_dir(),
     };
     let raw = &sealed.raw;
     kind && (look.ino, look.ctime, look.size) == (raw.ino, raw.ctime, raw.size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sealed::tree::Data;
+    use crate::sealed::walk::{meta, raw_facts};
+
+    #[test]
+    fn a_file_that_a_write_under_way_may_have_changed_is_not_untouched() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1).unwrap();
+        let stat = rustix::fs::fstat(&file).unwrap();
+        let node = Node::File { size: 1, data: Data::Empty };
+        let sealed = Inode { meta: meta(&stat, Vec::new()), raw: raw_facts(&stat), node };
+        let look = Look::of(&file).unwrap();
+        assert!(is_untouched(&look, &sealed, stat.st_ctime + UNDER_WAY_S + 1));
+        for early in [0, 2, UNDER_WAY_S] {
+            assert!(!is_untouched(&look, &sealed, stat.st_ctime + early), "{early} s");
+        }
+    }
 }

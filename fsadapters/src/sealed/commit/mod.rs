@@ -102,6 +102,8 @@ pub struct Scene<'a> {
     pub raw: &'a Below,
     /// The root as it was sealed.
     pub sealed: &'a Tree,
+    /// When that sealing began, seconds since 1970 ([`crate::store::RootRow::sealed_at`]).
+    pub sealed_at: i64,
     /// Where sealed bytes are.
     pub anchors: &'a dyn Anchors,
     /// Where this commit keeps its journal.
@@ -135,6 +137,7 @@ pub fn apply(
     let mut run_state = run::Run {
         raw: scene.raw,
         tree: scene.sealed,
+        began_at: scene.sealed_at,
         links: &children.links,
         state: &state,
         plan: &plan,

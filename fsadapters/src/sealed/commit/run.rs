@@ -38,6 +38,8 @@ const BATCH: usize = 512;
 pub(super) struct Run<'a> {
     pub raw: &'a Below,
     pub tree: &'a Tree,
+    /// When it was sealed: the beginning, seconds since 1970.
+    pub began_at: i64,
     /// Names that each sealed inode had.
     pub links: &'a [u32],
     pub state: &'a State,
@@ -168,7 +170,7 @@ impl Run<'_> {
     }
 
     fn judge(&self) -> Judge<'_> {
-        Judge { sources: self.sources, journal: self.journal }
+        Judge { sources: self.sources, journal: self.journal, sealed_at: self.began_at }
     }
 
     /// Whether what is at `path` may be replaced, and by which look it is known then. `known`: something was there when it was
