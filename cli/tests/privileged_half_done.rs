@@ -155,3 +155,18 @@ fn privileged_a_writer_that_works_in_the_raw_root_is_seen() {
     assert!(told.contains("is being written"), "{told}");
     assert_eq!(std::fs::read(rig.path("r/b")).expect("in place"), vec![1; 9000]);
 }
+
+#[test]
+fn privileged_a_view_below_another_mount_is_not_forgotten() {
+    let rig = mounted(RigFs::Xfs);
+    std::fs::write(rig.path("v/b"), "view").expect("writable");
+    let (view, store) = (rig.path("v"), rig.path(".pagefold"));
+    let umount =
+        ["umount".as_ref(), view.as_os_str(), "--commit".as_ref(), "--store".as_ref(), store.as_os_str()];
+    must(Command::new("mount").args(["-t", "tmpfs", "none"]).arg(rig.path("v")));
+    let told = fails(2, &umount);
+    assert!(told.contains("is mounted in it"), "{told}");
+    must(Command::new("umount").arg(rig.path("v")));
+    done(&umount);
+    assert_eq!(std::fs::read(rig.path("r/b")).expect("in place"), b"view");
+}

@@ -450,6 +450,11 @@ pub fn umount_view(store: &Store, target: &Path) -> Result<Unmounted, ViewError>
     let row = rows.iter().find(|v| v.target == target);
     let mounts = mountinfo::read().map_err(|e| ViewError::NoProcesses(e.to_string()))?;
     let mounted = view_at(&mounts, &target).is_some();
+    let is_covered = |m: &Mount| m.mount_point == target && m.kind == "overlay" && m.source == SOURCE;
+    if !mounted && mounts.iter().any(is_covered) {
+        let mounts = vec![target.clone()];
+        return Err(ViewError::Busy(Busy { target, users: Vec::new(), mounts }));
+    }
     if !mounted && row.is_none() {
         return Err(ViewError::NotAView(target));
     }

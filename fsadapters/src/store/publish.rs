@@ -90,6 +90,11 @@ fn check(build: &Build<'_>, publication: &Publication) -> Result<(), StoreError>
             return wrong(format!("root {} is of domain {}, not {domain}", root.id, root.domain));
         }
         build.store.check_root_path(&root.path)?;
+        // Commands make directories of these names (`mount --all --at`, `unseal --all --export`).
+        if matches!(&*root.name, "" | "." | "..") || root.name.contains(['/', '\0']) {
+            let why = "it is no name of a directory";
+            return Err(StoreError::BadName { what: "root", name: root.name.clone(), why });
+        }
     }
     Ok(())
 }

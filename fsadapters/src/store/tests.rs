@@ -249,6 +249,12 @@ fn what_contradicts_itself_is_not_published() {
     let taken = RootRow { name: row.name.clone(), ..root(&store, &ours, "/r/y", vec![]) };
     let publication = Publication { roots: vec![taken], ..Publication::default() };
     assert!(matches!(store.build(&ours).publish(&publication), Err(StoreError::BadName { .. })));
+    for name in ["", ".", "..", "../x", "/etc"] {
+        let root = RootRow { name: name.into(), ..root(&store, &ours, "/r/z", row.layers.clone()) };
+        let publication = Publication { roots: vec![root], ..Publication::default() };
+        let result = store.build(&ours).publish(&publication);
+        assert!(matches!(result, Err(StoreError::BadName { .. })), "{name:?}");
+    }
     assert_eq!(store.roots().unwrap(), [row]);
 }
 
