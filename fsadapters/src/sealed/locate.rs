@@ -20,7 +20,7 @@ use rustc_hash::FxBuildHasher;
 use rustix::fs::Stat;
 
 use super::bytes::Bytes;
-use super::prove::{Cloned, Protected, SameBytes, Shown, UNDER_WAY_S, Unchanged};
+use super::prove::{Cloned, Protected, SameBytes, Shown, UNDER_WAY_S, Unchanged, looks_whole};
 use super::reading::{Readings, signature, stamp};
 use super::walk::{FileAt, FileLook, WalkError};
 use crate::scan::Progress;
@@ -97,6 +97,8 @@ pub(crate) struct Locator<'a> {
     places: Map<(u64, Signature), Slot>,
     contents: Map<(u64, ContentHash), Slot>,
     small: Map<AnchorKey, Arc<[u8]>>,
+    /// Anchors of files that have not changed: whether they are there still.
+    whole: Map<AnchorKey, bool>,
     /// Hints were looked at (see `refresh`).
     refreshed: AtomicBool,
     refreshing: Mutex<bool>,
@@ -142,6 +144,7 @@ impl<'a> Locator<'a> {
             places: Map::default(),
             contents: Map::default(),
             small: Map::default(),
+            whole: Map::default(),
             made: Map::default(),
             refreshed: AtomicBool::new(false),
             refreshing: Mutex::new(false),
@@ -183,7 +186,13 @@ impl<'a> Locator<'a> {
         let Some(unchanged) = Unchanged::judge(previous, file.stat, clean, sealed) else {
             return Ok(None);
         };
-        if self.lookup.anchor(&unchanged.anchor())?.is_none_or(|row| row.domain != self.domain) {
+        let anchor = unchanged.anchor();
+        if self.lookup.anchor(&anchor)?.is_none_or(|row| row.domain != self.domain) {
+            return Ok(None);
+        }
+        // An anchor that somebody took away is made anew: sealing again is what `verify` advises then.
+        let look = || looks_whole(&self.store.anchor_path(self.domain, &anchor), size);
+        if !*self.whole.entry(anchor).or_insert_with(look) {
             return Ok(None);
         }
         Ok(Some(Located::at(Shown::Unchanged(unchanged))))

@@ -8,10 +8,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use pagefold_engine::whole::{Enclosed, Proof};
-use rustix::fs::{AtFlags, FileType, IFlags, Stat, StatxAttributes, StatxFlags};
+use rustix::fs::{AtFlags, CWD, FileType, IFlags, Stat, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
 use super::bytes::Bytes;
@@ -70,6 +71,16 @@ impl Protected {
         }
         Ok(Some(Protected { file, key, stat }))
     }
+}
+
+/// Whether what is at `path` still looks like an anchor of this size: what [`Protected::new`] asks, by one call.
+pub(crate) fn looks_whole(path: &Path, size: u64) -> bool {
+    let wanted = StatxFlags::TYPE | StatxFlags::MODE | StatxFlags::SIZE;
+    let Ok(stat) = rustix::fs::statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, wanted) else { return false };
+    FileType::from_raw_mode(u32::from(stat.stx_mode)) == FileType::RegularFile
+        && stat.stx_size == size
+        && stat.stx_mode & 0o222 == 0
+        && stat.stx_attributes.contains(StatxAttributes::IMMUTABLE)
 }
 
 fn is_immutable(file: BorrowedFd<'_>) -> io::Result<bool> {

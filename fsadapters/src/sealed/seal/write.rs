@@ -23,6 +23,7 @@ use crate::store::{DomainRow, ImageDigest, ImageRow, RootRow, SealId, Store};
 pub(super) struct Written {
     /// Taken by the publication; `None` for a root that has not changed.
     pub image: Option<(ImageDigest, ImageRow)>,
+    /// `None` where the row that is there says it all.
     pub row: Option<RootRow>,
     pub report: RootSeal,
     pub unsettled: Vec<Skipped>,
@@ -102,7 +103,11 @@ fn write(
         && row.name == root.name
     {
         let report = report(root, row, counts, (Outcome::Unchanged, 0, 0));
-        return Ok(Written { image: None, row: None, report, unsettled });
+        // Files too young then were looked at again: from now on their times tell.
+        let looked_at = counts.unchanged < counts.files - counts.empty;
+        let later = root.began_at.saturating_sub(row.sealed_at) > place.locator.under_way_s;
+        let renewed = (looked_at && later).then(|| RootRow { sealed_at: root.began_at, ..row.clone() });
+        return Ok(Written { image: None, row: renewed, report, unsettled });
     }
     let build = place.locator.build;
     let difference = place.base.and_then(|base| base.difference(&tree));
