@@ -195,6 +195,10 @@ impl<'a> Locator<'a> {
         if !*self.whole.entry(anchor).or_insert_with(look) {
             return Ok(None);
         }
+        // Removed or opened up by hand: then sealing again makes another one.
+        if self.protected(unchanged.anchor(), size).is_none() {
+            return Ok(None);
+        }
         Ok(Some(Located::at(Shown::Unchanged(unchanged))))
     }
 

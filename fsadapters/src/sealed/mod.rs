@@ -34,7 +34,7 @@ mod opened;
 pub mod prefault;
 mod prove;
 pub mod raw;
-mod reading;
+pub(crate) mod reading;
 mod refuse;
 pub mod remains;
 pub mod report;

@@ -1,12 +1,15 @@
 //! Anchors: there, closed, as large as they should be; and the hints that lead to them.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::IFlags;
 
 use super::cached::compare_cached;
 use super::{ProblemKind, VerifyReport};
+use crate::fsid;
+use crate::sealed::reading::{Readings, signature};
 use crate::store::error::StoreError;
 use crate::store::index::{ANCHORS, BY_CONTENT, BY_EXTENTS, DOMAINS, content_key, extents_key};
 use crate::store::key::AnchorKey;
@@ -24,6 +27,9 @@ pub(super) fn anchors(store: &Store, task: &Task, report: &mut VerifyReport) -> 
     })?;
     let domains: Vec<DomainRow> = snapshot.rows(DOMAINS)?;
     task.expect(rows.len() as u64);
+    // Where no balance moves blocks, an immutable file stays where it was made: elsewhere means written.
+    let readings = fsid::describe(store.dirfd()).ok().map(|facts| Readings::new(&facts));
+    let readings = readings.filter(|readings| !readings.relocates());
     for (key, row) in rows {
         if task.is_cancelled() {
             return Ok(());
@@ -36,6 +42,11 @@ pub(super) fn anchors(store: &Store, task: &Task, report: &mut VerifyReport) -> 
             report.problem(path, ProblemKind::Index, format!("there is no domain {}", row.domain));
         } else {
             anchor(store, &key, &row, task, report);
+            if let Some(detail) =
+                readings.as_ref().and_then(|readings| elsewhere(store, &key, &row, readings))
+            {
+                report.problem(store.anchor_path(row.domain, &key), ProblemKind::Damaged, detail);
+            }
         }
         report.anchors += 1;
         task.did(1);
@@ -69,6 +80,20 @@ fn anchor(store: &Store, key: &AnchorKey, row: &AnchorRow, task: &Task, report: 
     if let Err(e) = compare_cached(&file, &path, task, report) {
         report.problem(path, ProblemKind::Unreadable, format!("its cached pages: {e}"));
     }
+}
+
+/// An anchor that is not at the place where it was made: somebody wrote it (and made it immutable again). `None` also where
+/// its place can't tell.
+fn elsewhere(store: &Store, key: &AnchorKey, row: &AnchorRow, readings: &Readings) -> Option<String> {
+    let wanted = row.signature.filter(|_| row.borrowed.is_none())?;
+    let file = store.open_anchor(row.domain, key).ok()?;
+    let stat = rustix::fs::fstat(&file).ok()?;
+    let (reading, _) = readings.read(file.as_fd(), &stat, &mut Vec::new()).ok()?;
+    let found = signature(&reading.layout);
+    (found != Some(wanted)).then(|| {
+        "its extents are not those it was made with: it was written; views that use it may show wrong bytes. Unseal the roots that use it (`explain` names them) and seal them again"
+            .to_owned()
+    })
 }
 
 /// By what an anchor could be changed, or say more than bytes.
