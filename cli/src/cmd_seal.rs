@@ -14,7 +14,7 @@ use pagefold_fsadapters::store::{OpenMode, Store};
 
 use crate::exit::Exit;
 use crate::format::Format;
-use crate::{human, interrupt, progress_bar, raise_open_files};
+use crate::{human, interrupt, progress_bar, raise_open_files, store_arg};
 
 /// Arguments of `pagefold seal`.
 #[derive(Debug, Args)]
@@ -56,7 +56,7 @@ impl SealArgs {
         }
         let store = match &self.store {
             Some(dir) => dir.clone(),
-            None => Store::default_dir(&self.roots[0])?,
+            None => store_arg::default_dir(&self.roots[0])?,
         };
         let defaults = SealConfig::new(self.roots.clone());
         let config = SealConfig {

@@ -1,4 +1,5 @@
-//! Commits and discards that ended half-way, and what comes after them: nobody's bytes go that nobody gave up.
+//! Commits and discards that ended half-way, and what comes after them: nobody's bytes go that nobody gave up. And what else
+//! commands could do to a view unasked.
 
 mod common;
 
@@ -169,4 +170,40 @@ fn privileged_a_view_below_another_mount_is_not_forgotten() {
     must(Command::new("umount").arg(rig.path("v")));
     done(&umount);
     assert_eq!(std::fs::read(rig.path("r/b")).expect("in place"), b"view");
+}
+
+#[test]
+fn privileged_no_store_is_made_in_a_view() {
+    let rig = mounted(RigFs::Xfs);
+    umount(&rig, "--keep");
+    let root = rig.path("r");
+    done(&["mount".as_ref(), root.as_os_str(), root.as_os_str()]);
+    let told = fails(2, &["seal".as_ref(), root.as_os_str()]);
+    assert!(told.contains("its view is mounted"), "{told}");
+    let told = fails(2, &["commit".as_ref(), root.as_os_str()]);
+    assert!(told.contains("is in use"), "{told}");
+    let gc = pagefold().arg("gc").current_dir(root.join("d")).output().expect("pagefold starts");
+    assert!(gc.status.success(), "{}", common::view::told(&gc));
+    assert_eq!(names(&root), ["b", "d", "top"]);
+    done(&["umount".as_ref(), root.as_os_str()]);
+}
+
+#[test]
+fn privileged_what_a_commit_can_not_bring_is_told() {
+    for fs in BOTH {
+        let rig = mounted(fs);
+        umount(&rig, "--keep");
+        std::fs::hard_link(rig.path("r/d/f2"), rig.path("outside")).expect("writable");
+        done(&["seal".as_ref(), rig.path("r").as_os_str()]);
+        mount(&rig);
+        std::fs::write(rig.path("v/d/f2"), "view").expect("writable");
+        std::fs::write(rig.path("v/locked"), "view").expect("writable");
+        must(Command::new("chattr").arg("+i").arg(rig.path("v/locked")));
+        umount(&rig, "--keep");
+        let output = run(&["commit".as_ref(), rig.path("r").as_os_str()]);
+        let told = common::view::told(&output);
+        assert!(output.status.success() && told.contains("outside the root"), "{told}");
+        assert!(told.contains("immutable"), "{told}");
+        assert_eq!(std::fs::read(rig.path("outside")).expect("in place"), vec![4; 9000]);
+    }
 }

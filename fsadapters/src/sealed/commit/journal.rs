@@ -65,7 +65,7 @@ pub struct Journal {
 }
 
 const MAGIC: &[u8; 16] = b"pagefold-commit1";
-const RECORD_BYTES_MAX: usize = 256 << 20;
+const RECORD_BYTES_MAX: usize = u32::MAX as usize;
 
 impl Journal {
     /// Opens or makes the journal at `path`, readable by root only.
@@ -115,6 +115,13 @@ impl Journal {
         let mut text = Vec::new();
         for record in records {
             let body = postcard::to_stdvec(&record).map_err(io::Error::other)?;
+            if body.len() > RECORD_BYTES_MAX {
+                // It would be read as a torn tail, and what follows it with it.
+                return Err(io::Error::new(
+                    io::ErrorKind::FileTooLarge,
+                    "more changed paths than a journal holds",
+                ));
+            }
             text.extend((body.len() as u32).to_le_bytes());
             text.extend(check(&body));
             text.extend(body);

@@ -150,6 +150,10 @@ pub fn apply(
     };
     run_state.run(run)?;
     let mut done = run_state.done;
+    for &entry in &state.locked {
+        let text = "immutable or append-only in the view (chattr), and not in the raw root".to_owned();
+        done.notes.push((state::shown_path(&state.path(entry)), text));
+    }
     // A name that had to wait for a directory is looked at twice with all names of its inode.
     done.conflicts.sort_unstable_by(|a, b| a.path.cmp(&b.path));
     done.conflicts.dedup();

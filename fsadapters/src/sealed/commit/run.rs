@@ -259,6 +259,13 @@ impl Run<'_> {
             let (dir, name) = split(&target.path);
             let temp = self.temp_for(placer, inode, dir, from.as_ref())?;
             placer.put(dir, name, &temp, old)?;
+            if let Verdict::Sealed(look) = target.verdict
+                && look.links as usize > self.links_of(target.entry)
+                && !look.is_dir()
+            {
+                let text = "it had names outside the root: they keep what was there before".to_owned();
+                self.done.notes.push((shown_path(&target.path), text));
+            }
             if from.is_none() {
                 from = Some((dir.to_vec(), placer.name_of(&temp), temp.built));
             }

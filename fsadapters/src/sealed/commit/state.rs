@@ -90,6 +90,8 @@ pub struct State {
     pub entries: Vec<Shown>,
     /// Inodes.
     pub inodes: Vec<ShownInode>,
+    /// Entries that were made immutable or append-only in the view.
+    pub locked: Vec<usize>,
 }
 
 impl State {
@@ -328,6 +330,9 @@ impl Reader<'_> {
             None => sealed,
         };
         let path = join(&dir.path, &name);
+        if above.xattr(b"trusted.overlay.protattr")?.is_some() {
+            self.state.locked.push(self.state.entries.len());
+        }
         if !shown.look.is_dir() {
             let kind = self.kind(shown, above, from, Bytes::Upper(path))?;
             return self.add(dir, name, shown, kind);
