@@ -9,9 +9,11 @@ use std::process::{Child, Command};
 
 use pagefold_fsadapters::sealed::image_mount::ImageMountError;
 use pagefold_fsadapters::sealed::live::UpperState;
-use pagefold_fsadapters::sealed::mount::{MountOptions, discard_writes, mount_views, probe_upper};
+use pagefold_fsadapters::sealed::mount::{
+    MountOptions, discard_writes, mount_views, probe_upper, umount_view,
+};
 use pagefold_fsadapters::sealed::view_error::ViewError;
-use pagefold_fsadapters::store::{RootRow, Store};
+use pagefold_fsadapters::store::{RootRow, Store, Task};
 use pagefold_sys::handle;
 use pagefold_testfs::rig::RigFs;
 use rustix::mount::MountFlags;
@@ -68,6 +70,37 @@ fn privileged_a_damaged_image_never_reaches_the_kernel() {
     }
     fs::write(&image, &good).unwrap();
     home.mount(&store, &rows[0], "view");
+}
+
+#[test]
+fn privileged_a_lost_whiteout_brings_nothing_back() {
+    let mut home = Home::new(BOTH[0]);
+    for n in 0..20u8 {
+        fs::create_dir_all(home.at("a")).unwrap();
+        fs::write(home.at("a").join(format!("file{n}")), [n; 5000]).unwrap();
+    }
+    clone_tree(&home.at("a"), &home.at("b"));
+    fs::remove_file(home.at("b").join("file3")).unwrap();
+    settle(&home.at("b"));
+    let store = home.store();
+    let rows = home.seal(&store, &["a", "b"]);
+    assert_eq!(rows[1].layers.len(), 2, "told by its difference");
+    let layer = store.root_dir(rows[1].id, rows[1].generation).join("gone");
+    for lost in [layer.join("file3"), layer.clone()] {
+        if lost.is_dir() {
+            fs::remove_dir_all(&lost).unwrap()
+        } else {
+            fs::remove_file(&lost).unwrap()
+        }
+        assert_eq!(store.verify(&Task::default()).unwrap().problem_count, 1);
+        let error = home.try_mount(&store, &rows[1], "vb", &MountOptions::default()).unwrap_err();
+        assert!(matches!(error, ViewError::WhiteoutMissing(_)), "{error}");
+        let rows = home.seal(&store, &["b"]);
+        assert_eq!(store.verify(&Task::default()).unwrap().problem_count, 0);
+        let view = home.mount(&store, &rows[0], "vb");
+        assert!(!view.join("file3").exists() && view.join("file4").exists());
+        umount_view(&store, &view).unwrap();
+    }
 }
 
 #[test]

@@ -21,7 +21,7 @@ use rustix::mount::{MountAttrFlags, MoveMountFlags, UnmountFlags, move_mount, un
 
 use super::assemble::{Handover, Layers, SOURCE, overlay, overlay_with};
 use super::commit::{self, Past};
-use super::gone::GONE;
+use super::gone::{self, GONE};
 use super::idmap::{IdMaps, Mapped};
 use super::live::{ProbeError, UpperState, probe};
 use super::opened::journal_of;
@@ -407,9 +407,19 @@ fn assemble(
     };
     let mut images = Vec::new();
     for (at, digest) in row.layers.iter().enumerate() {
-        let gone = root_dir.join(GONE);
-        if at == 1 && gone.exists() {
-            images.push(open(&gone)?);
+        let whiteouts = root_dir.join(GONE);
+        if at == 1 {
+            match gone::missing(&root_dir) {
+                Ok(None) => {}
+                Ok(Some(path)) => return Err(ViewError::WhiteoutMissing(path)),
+                Err(e) => {
+                    let errno = Errno::from_io_error(&e).unwrap_or(Errno::IO);
+                    return Err(failed("read the list of whiteouts of", &root_dir)(errno));
+                }
+            }
+            if whiteouts.exists() {
+                images.push(open(&whiteouts)?);
+            }
         }
         images.push(image_mount::mounted(&mounts, &store.image_path(digest), *digest)?);
     }

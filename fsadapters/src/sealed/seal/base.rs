@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 
 use crate::sealed::delta::{Delta, delta};
+use crate::sealed::gone::PATH_BYTES_MAX;
 use crate::sealed::tree::{Inode, InodeIndex, Tree};
 use crate::store::manifest::read_manifest;
 use crate::store::{ImageDigest, RootRow, Store};
@@ -55,6 +56,9 @@ impl Base {
             return Some(Difference::None);
         }
         let delta = delta(&self.tree, tree)?;
+        if delta.gone.iter().any(|path| path.len() > PATH_BYTES_MAX) {
+            return None;
+        }
         // The root itself is always in it.
         if delta.tree.entries.len() == 1 && delta.gone.is_empty() {
             return Some(Difference::None);

@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use crate::fsid::{self, FsFacts};
 use crate::mountinfo::Mount;
 use crate::sealed::commit::{self, Past};
+use crate::sealed::gone;
 use crate::sealed::heal::heal;
 use crate::sealed::live::{self, UpperState};
 use crate::sealed::tree::EntryId;
@@ -59,7 +60,7 @@ pub(crate) enum RootError {
     #[error(transparent)]
     Upper(#[from] upper::UpperError),
     #[error(transparent)]
-    Gone(#[from] crate::sealed::gone::GoneError),
+    Gone(#[from] gone::GoneError),
     #[error(transparent)]
     Manifest(#[from] ManifestError),
     #[error(
@@ -255,6 +256,7 @@ impl<'a> Known<'a> {
         if live::probe(&dir, &self.store.dir().join("tmp"))? == UpperState::Live {
             return Err(RootError::Live);
         }
+        gone::heal(&dir)?;
         // Without it nobody can say whether the upper is as it was made.
         let tree = read_manifest(&dir)?;
         if self.committed.contains(&row.id) {

@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 
 use super::{ProblemKind, VerifyReport};
+use crate::sealed::gone;
 use crate::sealed::image;
 use crate::store::error::StoreError;
 use crate::store::gc::anchor_of;
@@ -110,6 +111,14 @@ fn root_dir(
         if !place::is_dir(&store.fd, &format!("{name}/{part}")) {
             report.problem(dir.join(part), ProblemKind::Missing, "no such directory");
         }
+    }
+    match gone::missing(&dir) {
+        Ok(None) => {}
+        Ok(Some(path)) => {
+            let detail = "a whiteout: the view can't be mounted without it; seal the root again";
+            report.problem(path, ProblemKind::Missing, detail);
+        }
+        Err(e) => report.problem(dir.clone(), ProblemKind::Damaged, e.to_string()),
     }
     let mut of_images: BTreeSet<AnchorKey> = BTreeSet::new();
     for digest in &row.layers {
