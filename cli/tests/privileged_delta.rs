@@ -85,3 +85,32 @@ fn privileged_drifted_views_show_their_roots_on_xfs() {
 fn privileged_drifted_views_show_their_roots_on_btrfs() {
     drifted_views_show_their_roots(RigFs::Btrfs);
 }
+
+/// A balance moves every block and a defragmentation unshares the raw root's: views show what was sealed, and a further
+/// clone still finds the anchors.
+#[test]
+fn privileged_balance_and_defragmentation_between_seal_and_mount_change_nothing() {
+    let rig = ViewRig::new(RigFs::Btrfs);
+    let one = rig.make_dir("one");
+    for n in 0..50u32 {
+        fs::write(one.join(format!("f{n}")), n.to_le_bytes().repeat(5000)).expect("room on the rig");
+    }
+    let clone =
+        |name: &str| must(Command::new("cp").args(["-a", "--reflink=always"]).arg(&one).arg(rig.path(name)));
+    clone("two");
+    clone("three");
+    done(&["seal".as_ref(), one.as_os_str(), rig.path("two").as_os_str()]);
+    must(Command::new("btrfs").args(["balance", "start", "--full-balance"]).arg(rig.rig.path()));
+    must(Command::new("btrfs").args(["filesystem", "defragment", "-r", "-t", "1M"]).arg(&one));
+    must(Command::new("sync").arg("-f").arg(rig.rig.path()));
+    for name in ["one", "two"] {
+        let view = rig.make_dir(&format!("view-{name}"));
+        done(&["mount".as_ref(), rig.path(name).as_os_str(), view.as_os_str()]);
+        assert_eq!(shown(&view), shown(&rig.path(name)), "{name}");
+    }
+    let told = done(&["seal".as_ref(), "--format=json".as_ref(), rig.path("three").as_os_str()]);
+    let report: serde_json::Value = serde_json::from_str(&told).expect("JSON");
+    assert_eq!(report["roots"][0]["made"], 0, "{report}");
+    let store = rig.path(".pagefold");
+    done(&["verify".as_ref(), "--store".as_ref(), store.as_os_str()]);
+}
