@@ -20,6 +20,7 @@ use crate::sealed::locate::{Located, Locator, Room};
 use crate::sealed::prove::Shown;
 use crate::sealed::tree::{EntryId, InodeIndex, Node};
 use crate::sealed::walk::{FileAt, FileLook, Sketch, WalkError, meta, raw_facts};
+use crate::sealed::xattrs::XattrBuffer;
 use crate::store::AnchorKey;
 
 /// How often files whose anchors moved are located again before they get anchors of their own.
@@ -149,8 +150,9 @@ fn one_again(
     }
     let file = FileAt { root: 0, fd: fd.as_fd(), stat: &stat, previous: None };
     let (stat, located) = locator.look(file, room)?;
-    let xattrs = std::mem::take(&mut inode.meta.xattrs);
-    inode.meta = meta(&stat, xattrs);
+    // As new as the change time that goes with them.
+    let xattrs = XattrBuffer::default().of_open(fd.as_fd());
+    inode.meta = meta(&stat, xattrs.map_err(|e| WalkError::here("read attributes of", e))?);
     inode.raw = raw_facts(&stat);
     inode.node = Node::File { size: inode.raw.size, data: crate::sealed::tree::Data::Empty };
     sketch.found[index] = Some(located);
