@@ -38,6 +38,10 @@ pub struct SealArgs {
     /// Also join equal files that share no blocks yet: reads all files, and lets the kernel compare and share their blocks.
     #[arg(long)]
     content: bool,
+    /// For file systems without reflink: use files of DIR, a tree that is never written (an unpacked image layer), as anchors, by hard
+    /// links; files without an equal there are copied into the store. DANGER: whoever writes a file of DIR in place changes it in all views.
+    #[arg(long, value_name = "DIR")]
+    borrow: Vec<PathBuf>,
     /// The store [default: .pagefold at the mount point of the roots' file system].
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
@@ -63,6 +67,7 @@ impl SealArgs {
             name: self.name.clone(),
             domain: self.domain.clone(),
             content: self.content,
+            borrow: self.borrow.clone(),
             threads: self.threads.unwrap_or(defaults.threads).max(1),
             ..defaults
         };
@@ -74,7 +79,7 @@ impl SealArgs {
 pub fn run(args: &SealArgs) -> anyhow::Result<Exit> {
     // Before a store is made where it would be of no use.
     let reasons: Vec<String> = args.roots.iter().filter_map(|root| unsupported(root)).collect();
-    if reasons.len() == args.roots.len() {
+    if args.borrow.is_empty() && reasons.len() == args.roots.len() {
         for (root, reason) in args.roots.iter().zip(reasons) {
             eprintln!("pagefold: {}: {reason}", human::path(root));
         }
@@ -154,6 +159,11 @@ fn table(report: &SealReport) -> String {
     }
     for skipped in &report.skipped {
         let _ = writeln!(text, "{}: {}", human::path(&skipped.path), skipped.reason);
+    }
+    if let Some(borrow) = &report.borrow {
+        let (borrowed, copied) = (human::count(borrow.borrowed), human::count(borrow.copied));
+        let bytes = human::bytes(borrow.copied_bytes);
+        let _ = writeln!(text, "{borrowed} anchors borrowed, {copied} copied ({bytes} of disk)");
     }
     let _ = writeln!(
         text,

@@ -26,7 +26,10 @@ use super::walk::{FileAt, FileLook, WalkError};
 use crate::scan::Progress;
 use crate::store::{AnchorKey, AnchorRow, Build, ContentHash, Lookup, NewAnchor, Signature, Store};
 
+mod borrow;
 mod refresh;
+
+pub(crate) use borrow::Borrow;
 
 /// How often a file that moves is looked at again.
 const TRIES: u32 = 4;
@@ -84,6 +87,8 @@ pub(crate) struct Locator<'a> {
     pub domain: u32,
     /// `--content`.
     pub content: bool,
+    /// `--borrow`: no place is asked, and nothing is cloned.
+    pub borrow: Option<Borrow>,
     pub progress: &'a Progress,
     /// When each root was sealed last, seconds since 1970.
     pub sealed_at: Vec<Option<i64>>,
@@ -134,6 +139,7 @@ impl<'a> Locator<'a> {
             lookup,
             domain: 0,
             content: false,
+            borrow: None,
             progress,
             sealed_at: Vec::new(),
             under_way_s: UNDER_WAY_S,
@@ -210,7 +216,8 @@ impl<'a> Locator<'a> {
         reading: &Reading,
         room: &mut Room,
     ) -> Result<Option<(Stat, Located)>, WalkError> {
-        let place = if reading.decides() { signature(&reading.layout) } else { None };
+        let place =
+            if reading.decides() && self.borrow.is_none() { signature(&reading.layout) } else { None };
         if let Some(place) = place {
             let size = reading.layout.size;
             let slot = self.slot(&self.places, &(size, place));
@@ -302,7 +309,11 @@ impl<'a> Locator<'a> {
 
     fn protected(&self, key: AnchorKey, size: u64) -> Option<Protected> {
         let opened = self.store.open_anchor(self.domain, &key);
-        match opened.ok().map(|file| Protected::new(file, key, size)) {
+        let judge = |file| match self.borrowed_row(&key) {
+            Some(row) if row.size == size => Protected::borrowed(file, key, &row),
+            _ => Protected::new(file, key, size),
+        };
+        match opened.ok().map(judge) {
             Some(Ok(Some(anchor))) => Some(anchor),
             _ => {
                 tracing::warn!(%key, "anchor is missing or damaged: `pagefold verify` tells more");
@@ -394,6 +405,7 @@ impl<'a> Locator<'a> {
     ) -> io::Result<Option<SameBytes>> {
         // The file's bytes are still in `room.bytes` after hashing, for it was one chunk.
         if size <= SMALL_BYTES_MAX
+            && self.borrow.is_none()
             && let Some(known) = self.small.get(&key)
         {
             return Ok(SameBytes::compare_read(&room.bytes, key, &known));
@@ -406,7 +418,7 @@ impl<'a> Locator<'a> {
             return Ok(Some(same));
         }
         let cancel = self.progress.cancel_flag();
-        if size <= SMALL_BYTES_MAX {
+        if size <= SMALL_BYTES_MAX && self.borrow.is_none() {
             let mut bytes = Vec::new();
             self.reads.hash(anchor.file.as_fd(), size, &mut bytes, cancel)?;
             let same = SameBytes::compare_read(&room.bytes, key, &bytes);
@@ -415,8 +427,13 @@ impl<'a> Locator<'a> {
             }
             return Ok(same);
         }
+        let borrowed = self.borrowed_row(&key).is_some();
+        if borrowed && !self.is_quiet(&anchor.file, &anchor.stat) {
+            return Ok(None);
+        }
         let rooms = (&mut room.bytes, &mut room.other);
-        SameBytes::compare(&self.reads, fd, &anchor, size, rooms, cancel)
+        let same = SameBytes::compare(&self.reads, fd, &anchor, size, rooms, cancel)?;
+        Ok(same.filter(|_| !borrowed || self.is_quiet(&anchor.file, &anchor.stat)))
     }
 
     /// Makes an anchor under a name that nobody else is making one for; else tries that one.
@@ -440,7 +457,7 @@ impl<'a> Locator<'a> {
             drop(made);
             return self.others(fd, stat, reading, other, name, room);
         }
-        let Some((row, key, cloned, stat)) = self.make(fd, stat, name, room)? else { return Ok(None) };
+        let Some((row, key, shown, stat)) = self.make(fd, stat, name, room)? else { return Ok(None) };
         let agrees = match name {
             Name::Place(place) => row.signature == Some(place),
             Name::Content(hash) => row.content == Some(hash),
@@ -454,7 +471,7 @@ impl<'a> Locator<'a> {
         }
         self.made.insert(key, (row, false));
         let read = matches!(name, Name::Content(_));
-        Ok(Some((stat, Located { made: true, read, ..Located::at(Shown::Cloned(cloned)) })))
+        Ok(Some((stat, Located { made: true, read, ..Located::at(shown) })))
     }
 
     fn others(
@@ -492,13 +509,19 @@ impl<'a> Locator<'a> {
         before: &Stat,
         name: Name,
         room: &mut Room,
-    ) -> Result<Option<(AnchorRow, AnchorKey, Cloned, Stat)>, WalkError> {
+    ) -> Result<Option<(AnchorRow, AnchorKey, Shown, Stat)>, WalkError> {
+        if let (Some(borrow), Name::Content(hash)) = (&self.borrow, name)
+            && let Some((row, key, shown)) = self.borrow_equal(borrow, fd, before, hash, room)?
+        {
+            return Ok(Some((row, key, shown, *before)));
+        }
         let new = self.build.create_anchor()?;
-        let cloned = match Cloned::clone_to(fd, &new.file, new.key) {
+        let size = before.st_size.cast_unsigned();
+        let cloned = match self.fill(fd, &new, size, room) {
             Ok(cloned) => cloned,
             Err(error) => {
                 new.discard();
-                return Err(WalkError::clone(error));
+                return Err(error);
             }
         };
         if !self.held_still(fd, before)? {
@@ -510,7 +533,26 @@ impl<'a> Locator<'a> {
             Name::Place(_) => None,
         };
         let (row, key) = self.finish(new, before.st_size.cast_unsigned(), content, room)?;
-        Ok(Some((row, key, cloned, *before)))
+        Ok(Some((row, key, Shown::Cloned(cloned), *before)))
+    }
+
+    /// Clones the file; under `--borrow` copies it: of one moment only if it held still, which the caller sees.
+    fn fill(
+        &self,
+        fd: BorrowedFd<'_>,
+        new: &NewAnchor<'_>,
+        size: u64,
+        room: &mut Room,
+    ) -> Result<Cloned, WalkError> {
+        if self.borrow.is_none() {
+            return Cloned::clone_to(fd, &new.file, new.key).map_err(WalkError::clone);
+        }
+        let cancel = self.progress.cancel_flag();
+        let copied = Cloned::copy_to(&self.reads, fd, (&new.file, new.key), size, &mut room.bytes, cancel);
+        copied.map_err(|e| match e.kind() {
+            io::ErrorKind::Interrupted => WalkError::Cancelled,
+            _ => WalkError::here("copy", e),
+        })
     }
 
     /// Reads a new anchor's map (its first reading of this call) and makes it immutable.
@@ -525,8 +567,12 @@ impl<'a> Locator<'a> {
         let stat = rustix::fs::fstat(&new.file).map_err(|e| WalkError::here("stat the anchor of", e))?;
         let read = self.readings.read(new.file.as_fd(), &stat, &mut room.extents);
         let (reading, _) = read.map_err(|e| WalkError::here("read the extent map of the anchor of", e))?;
-        let signature = if reading.decides() { signature(&reading.layout) } else { None };
+        let placed = reading.decides() && self.borrow.is_none();
+        let signature = if placed { signature(&reading.layout) } else { None };
         new.finish()?;
+        if let Some(borrow) = &self.borrow {
+            borrow.did_copy(size);
+        }
         // Nobody could write it before either: it is ours alone, and the descriptor that could is closed.
         if let Ok(opened) = Opened::new(key, reading) {
             self.opened.insert(key, Arc::new(First { opened, kept: None }));
@@ -539,11 +585,11 @@ impl<'a> Locator<'a> {
     fn clone_anyway(&self, fd: BorrowedFd<'_>, room: &mut Room) -> Result<(Stat, Located), WalkError> {
         let mut stat = rustix::fs::fstat(fd).map_err(|e| WalkError::here("stat", e))?;
         let new = self.build.create_anchor()?;
-        let cloned = match Cloned::clone_to(fd, &new.file, new.key) {
+        let cloned = match self.fill(fd, &new, stat.st_size.cast_unsigned(), room) {
             Ok(cloned) => cloned,
             Err(error) => {
                 new.discard();
-                return Err(WalkError::clone(error));
+                return Err(error);
             }
         };
         let settled = self.held_still(fd, &stat)?;

@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -18,7 +19,7 @@ use rustix::io::Errno;
 use super::bytes::Bytes;
 use super::tree::{Data, Inode, Node};
 use crate::reflink::{self, DedupeDest, Deduped, ReflinkError};
-use crate::store::AnchorKey;
+use crate::store::{AnchorKey, AnchorRow};
 
 /// Where a file's bytes were shown to be.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +72,19 @@ impl Protected {
         }
         Ok(Some(Protected { file, key, stat }))
     }
+
+    /// An anchor that is somebody's file (`--borrow`), as `row` says: protected by the user's word alone. `None` where the row names none, and
+    /// when it is not of its size or not the file at that path any more.
+    pub fn borrowed(file: File, key: AnchorKey, row: &AnchorRow) -> io::Result<Option<Protected>> {
+        let Some(path) = &row.borrowed else { return Ok(None) };
+        let stat = rustix::fs::fstat(&file)?;
+        let there = rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)?;
+        let looks = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+            && stat.st_size.cast_unsigned() == row.size
+            && stat.st_nlink >= 2
+            && (there.st_dev, there.st_ino) == (stat.st_dev, stat.st_ino);
+        Ok(looks.then_some(Protected { file, key, stat }))
+    }
 }
 
 /// Whether what is at `path` still looks like an anchor of this size: what [`Protected::new`] asks, by one call.
@@ -108,6 +122,11 @@ impl SameBytes {
         Ok(same.then_some(SameBytes { anchor: anchor.key }))
     }
 
+    /// A file that was just compared and linked.
+    pub(super) fn of_borrowed(anchor: &Protected) -> SameBytes {
+        SameBytes { anchor: anchor.key }
+    }
+
     /// Compares bytes that were read of a file with the anchor's, read before: an anchor's never change.
     pub fn compare_read(file: &[u8], anchor: AnchorKey, bytes: &[u8]) -> Option<SameBytes> {
         (file == bytes).then_some(SameBytes { anchor })
@@ -143,6 +162,29 @@ impl Cloned {
             }
             other => other?,
         }
+        Ok(Cloned { anchor: key })
+    }
+
+    /// Copies the first `size` bytes to an anchor that is still empty and ours alone (`--borrow`); pages of zeros stay holes. Whether
+    /// the file held still meanwhile is the caller's to see.
+    pub fn copy_to(
+        reads: &Bytes,
+        file: BorrowedFd<'_>,
+        (anchor, key): (&File, AnchorKey),
+        size: u64,
+        room: &mut Vec<u8>,
+        cancel: &AtomicBool,
+    ) -> io::Result<Cloned> {
+        anchor.set_len(size)?;
+        reads.read(file, size, room, |at, bytes| {
+            if cancel.load(std::sync::atomic::Ordering::Relaxed) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            if bytes.iter().any(|b| *b != 0) {
+                anchor.write_all_at(bytes, at)?;
+            }
+            Ok(true)
+        })?;
         Ok(Cloned { anchor: key })
     }
 }

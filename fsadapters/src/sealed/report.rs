@@ -34,9 +34,25 @@ pub struct SealReport {
     /// Files and directories that were being written all the while: the bytes sealed are those of one moment. At most
     /// [`SKIPPED_MAX`].
     pub skipped: Vec<Skipped>,
+    /// Under `--borrow` only.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub borrow: Option<BorrowCounts>,
     /// No root could be sealed because this host or file system can't.
     #[serde(skip)]
     pub refused: bool,
+}
+
+/// What `--borrow` did.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct BorrowCounts {
+    /// Anchors that are hard links to files of the user.
+    pub borrowed: u64,
+    /// Anchors that are copies: these cost disk.
+    pub copied: u64,
+    /// Their bytes.
+    pub copied_bytes: u64,
+    /// Times that a file was equal but immutable or append-only, and so could not be linked.
+    pub not_linkable: u64,
 }
 
 /// The most entries of [`SealReport::skipped`].

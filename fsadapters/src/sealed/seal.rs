@@ -11,7 +11,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use super::locate::Locator;
+use super::locate::{Borrow, Locator};
 use super::reading::Readings;
 use super::report::{Counts, Outcome, Phases, RootSeal, SEAL_SCHEMA, SKIPPED_MAX, SealReport};
 use super::walk::{Sketch, WalkRoot, walk};
@@ -43,6 +43,9 @@ pub struct SealConfig {
     pub domain: String,
     /// Also join equal files that share no blocks.
     pub content: bool,
+    /// Trees that the user declares never to be written, for file systems without reflink: their files become anchors, and what has no
+    /// equal there is copied. Empty: no borrowing, no copies.
+    pub borrow: Vec<PathBuf>,
     /// Threads, at least 1.
     pub threads: usize,
     /// How long a write may be under way, seconds: a file that changed so shortly before its root was sealed is looked at again by
@@ -63,6 +66,7 @@ impl SealConfig {
             name: None,
             domain: "default".into(),
             content: false,
+            borrow: Vec::new(),
             threads,
             under_way_s: super::prove::UNDER_WAY_S,
             committed: Vec::new(),
@@ -85,6 +89,12 @@ pub fn seal(store: &Store, config: &SealConfig, progress: &Progress) -> Result<S
     let mut locator = Locator::new(store, &build, &lookup, Readings::new(&facts), progress);
     locator.domain = domain.id;
     locator.content = config.content;
+    if !config.borrow.is_empty() {
+        let dirs = root::to_borrow(store, config)?;
+        let dev =
+            rustix::fs::fstat(store.dirfd()).map_err(|e| StoreError::io("stat", store.dir(), e))?.st_dev;
+        locator.borrow = Some(Borrow::collect(&dirs, dev, || progress.is_cancelled())?);
+    }
     locator.under_way_s = config.under_way_s;
     let mut opened = opened.into_iter().peekable();
     while opened.peek().is_some() && !progress.is_cancelled() {
@@ -95,7 +105,8 @@ pub fn seal(store: &Store, config: &SealConfig, progress: &Progress) -> Result<S
         session.group(group, &mut locator)?;
     }
     session.cancelled(opened);
-    Ok(session.into_report(started))
+    let borrow = locator.borrow.as_ref().map(Borrow::counts);
+    Ok(SealReport { borrow, ..session.into_report(started) })
 }
 
 struct Session<'a> {
@@ -146,7 +157,7 @@ impl<'a> Session<'a> {
 
     fn open_roots(&mut self) -> Result<Vec<OpenRoot>, StoreError> {
         let mut opened: Vec<OpenRoot> = Vec::new();
-        let known = root::Known::of(self.store, self.domain, &self.config.committed)?;
+        let known = root::Known::of(self.store, self.domain, self.config)?;
         for (index, path) in self.config.roots.iter().enumerate() {
             match known.open(index, path) {
                 Ok(root) if opened.iter().any(|other| other.inode == root.inode) => {
@@ -289,6 +300,7 @@ impl<'a> Session<'a> {
             roots: self.roots.into_iter().flatten().collect(),
             errors: self.errors.into_iter().map(|(_, failure)| failure).collect(),
             skipped: self.skipped,
+            borrow: None,
             refused: roots > 0 && self.unsupported == roots,
         }
     }

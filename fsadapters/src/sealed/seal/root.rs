@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
+use super::SealConfig;
 use crate::fsid::{self, FsFacts};
 use crate::mountinfo::Mount;
 use crate::sealed::commit::{self, Past};
@@ -30,7 +31,7 @@ pub(crate) enum RootError {
     #[error("the same directory is given twice: sealed once")]
     Twice,
     #[error(
-        "{kind} can't share blocks between files: nothing to make anchors with. Roots must lie on XFS (with reflink) or btrfs"
+        "{kind} can't share blocks between files: nothing to make anchors with. Roots must lie on XFS (with reflink) or btrfs; elsewhere `seal --borrow DIR` uses the files of a directory that is never written"
     )]
     NoReflink { kind: String },
     #[error("a mounted view or another overlay: give the raw root below it")]
@@ -162,6 +163,38 @@ fn kind_error(facts: &FsFacts) -> Option<RootError> {
     (kind != "xfs" && kind != "btrfs").then(|| RootError::NoReflink { kind: kind.clone() })
 }
 
+/// The directories of `--borrow`, resolved and checked.
+pub(crate) fn to_borrow(store: &Store, config: &SealConfig) -> Result<Vec<PathBuf>, StoreError> {
+    let refuse = |path: &Path, why: &str| {
+        let error = std::io::Error::new(std::io::ErrorKind::InvalidInput, why.to_owned());
+        Err(StoreError::io("borrow from", path, error))
+    };
+    let described = fsid::describe(store.dirfd());
+    let facts = described.map_err(|e| StoreError::io("describe", store.dir(), e.source))?;
+    if kind_error(&facts).is_none() {
+        return refuse(store.dir(), "--borrow is for file systems other than XFS and btrfs: leave it out");
+    }
+    let real = |path: &Path| std::fs::canonicalize(path).map_err(|e| StoreError::io("find", path, e));
+    let here = rustix::fs::fstat(store.dirfd()).map_err(|e| StoreError::io("stat", store.dir(), e))?;
+    let mut dirs = Vec::new();
+    for dir in &config.borrow {
+        let dir = real(dir)?;
+        let stat = rustix::fs::stat(&dir).map_err(|e| StoreError::io("stat", &dir, e))?;
+        if stat.st_dev != here.st_dev {
+            return refuse(&dir, "it is on another file system than the store");
+        }
+        let store_dir = real(store.dir())?;
+        let roots = config.roots.iter().filter_map(|root| std::fs::canonicalize(root).ok());
+        for other in roots.chain([store_dir]) {
+            if other.starts_with(&dir) || dir.starts_with(&other) {
+                return refuse(&dir, "it overlaps a root or the store: give a directory that nobody writes");
+            }
+        }
+        dirs.push(dir);
+    }
+    Ok(dirs)
+}
+
 /// What all roots are held against.
 pub(crate) struct Known<'a> {
     store: &'a Store,
@@ -173,10 +206,12 @@ pub(crate) struct Known<'a> {
     began_at: i64,
     /// Roots whose uppers were just committed in whole.
     committed: &'a [SealId],
+    /// `--borrow`: no reflink is asked for.
+    borrow: bool,
 }
 
 impl<'a> Known<'a> {
-    pub fn of(store: &'a Store, domain: &'a DomainRow, committed: &'a [SealId]) -> Result<Self, StoreError> {
+    pub fn of(store: &'a Store, domain: &'a DomainRow, config: &'a SealConfig) -> Result<Self, StoreError> {
         let facts = fsid::describe(store.dirfd())
             .map_err(|e| StoreError::io("describe the file system of", store.dir(), e.source))?;
         let stat = rustix::fs::fstat(store.dirfd()).map_err(|e| StoreError::io("stat", store.dir(), e))?;
@@ -189,7 +224,8 @@ impl<'a> Known<'a> {
             store_inode: (stat.st_dev, stat.st_ino),
             mounts: crate::mountinfo::read().unwrap_or_default(),
             began_at: now.map_or(0, |d| d.as_secs().cast_signed()),
-            committed,
+            committed: &config.committed,
+            borrow: !config.borrow.is_empty(),
         })
     }
 
@@ -233,7 +269,9 @@ impl<'a> Known<'a> {
     fn check_fs(&self, fd: &OwnedFd) -> Result<(), RootError> {
         let facts = fsid::describe(fd.as_fd())
             .map_err(|e| RootError::Io { op: "describe the file system of", source: e.source })?;
-        if let Some(error) = kind_error(&facts) {
+        if let Some(error) =
+            kind_error(&facts).filter(|e| !(self.borrow && matches!(e, RootError::NoReflink { .. })))
+        {
             return Err(error);
         }
         let of = |facts: &FsFacts| (facts.description.uuid, facts.description.instance);

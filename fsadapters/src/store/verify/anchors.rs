@@ -74,12 +74,42 @@ fn anchor(store: &Store, key: &AnchorKey, row: &AnchorRow, task: &Task, report: 
                 report.problem(path.clone(), ProblemKind::Open, detail);
             }
         }
-        Ok(_) => {}
+        Ok(_) => match borrowed_changed(&file, row, task) {
+            Ok(false) => {}
+            Ok(true) => {
+                let detail =
+                    "a borrowed file was written by its owner: views that use it show other bytes now";
+                report.problem(
+                    row.borrowed.clone().unwrap_or_else(|| path.clone()),
+                    ProblemKind::Damaged,
+                    detail,
+                );
+            }
+            Err(e) => return report.problem(path, ProblemKind::Unreadable, e.to_string()),
+        },
         Err(e) => return report.problem(path, ProblemKind::Unreadable, e.to_string()),
     }
     if let Err(e) = compare_cached(&file, &path, task, report) {
         report.problem(path, ProblemKind::Unreadable, format!("its cached pages: {e}"));
     }
+}
+
+/// Whether a borrowed anchor has other bytes than those it was taken for.
+fn borrowed_changed(file: &File, row: &AnchorRow, task: &Task) -> std::io::Result<bool> {
+    let Some(wanted) = row.content else { return Ok(false) };
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 256 << 10];
+    let mut at = 0;
+    while !task.is_cancelled() {
+        match std::os::unix::fs::FileExt::read_at(file, &mut buffer, at)? {
+            0 => return Ok(hasher.finalize().as_bytes() != &wanted.0),
+            length => {
+                hasher.update(&buffer[..length]);
+                at += length as u64;
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// An anchor that is not at the place where it was made: somebody wrote it (and made it immutable again). `None` also where
