@@ -219,8 +219,13 @@ impl<'a> Search<'a> {
 
     fn mappings(&mut self, pid: u32, process: &OwnedFd, ours: bool) {
         let Some(text) = read_small(process, c"maps") else { return };
+        let mut last: &Path = Path::new("");
         for line in text.split(|b| *b == b'\n') {
             let Some(map) = Mapping::parse(line) else { continue };
+            // Mappings of one file stand together, sometimes in tens of thousands.
+            if std::mem::replace(&mut last, map.path) == map.path {
+                continue;
+            }
             // `maps` shows the device of the file system, which on btrfs is not `st_dev`: asked by name.
             let stat = if ours { rustix::fs::stat(map.path).ok() } else { None };
             if let Some(tree) = self.tree_of_file(map.path, stat.as_ref(), ours) {
