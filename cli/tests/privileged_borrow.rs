@@ -92,6 +92,12 @@ fn privileged_views_share_a_borrowed_layer_and_leave_it_as_it_was() {
     done(&[OsStr::new("explain"), views[1].join("big").as_os_str()]);
 
     done(&[OsStr::new("umount"), OsStr::new("--discard"), views[0].as_os_str()]);
+    common::overwrite_page(&views[1].join("big"), 5, 98);
+    let written = std::fs::read(views[1].join("big")).unwrap();
+    done(&[OsStr::new("umount"), OsStr::new("--commit"), views[1].as_os_str()]);
+    assert!(std::fs::read(roots[1].join("big")).unwrap() == written, "the commit brought it back");
+    done(&[OsStr::new("mount"), roots[1].as_os_str(), views[1].as_os_str()]);
+    assert!(std::fs::read(views[1].join("big")).unwrap() == written, "and it was sealed again");
     done(&[OsStr::new("umount"), views[1].as_os_str()]);
     let store = rig.path(".pagefold");
     let again = seal(&layer, &roots);

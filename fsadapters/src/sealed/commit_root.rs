@@ -18,7 +18,7 @@ use super::commit::{self, Applied, Below, CommitError, OnConflict, Past, Scene};
 use super::mount::release_images;
 use super::opened::{DomainAnchors, Opened, below, call, journal_of, refuse_live, tree_of};
 use super::raw::open_raw_root;
-use super::seal::{SealConfig, seal};
+use super::seal::{SealConfig, seal, unsupported};
 use super::tree::EntryId;
 use super::upper;
 use super::users::{self, Watched};
@@ -172,6 +172,8 @@ fn seal_again(store: &Store, row: &RootRow, progress: &Progress) -> Result<(), S
     let domain = store.domains().map_err(|e| e.to_string())?.into_iter().find(|d| d.id == row.domain);
     let mut config = SealConfig::new(vec![row.path.clone()]);
     config.domain = domain.ok_or("its domain is not in the index")?.name;
+    // It was sealed with `--borrow` then.
+    config.copy = unsupported(store.dir()).is_some();
     config.committed = vec![row.id];
     let report = seal(store, &config, progress).map_err(|e| e.to_string())?;
     match report.errors.first() {

@@ -46,6 +46,8 @@ pub struct SealConfig {
     /// Trees that the user declares never to be written, for file systems without reflink: their files become anchors, and what has no
     /// equal there is copied. Empty: no borrowing, no copies.
     pub borrow: Vec<PathBuf>,
+    /// Copy where there is no reflink, without new borrowing: for the commit of a root that was sealed so.
+    pub copy: bool,
     /// Threads, at least 1.
     pub threads: usize,
     /// How long a write may be under way, seconds: a file that changed so shortly before its root was sealed is looked at again by
@@ -57,6 +59,11 @@ pub struct SealConfig {
 }
 
 impl SealConfig {
+    /// Whether files may be linked or copied instead of cloned.
+    fn without_reflink(&self) -> bool {
+        self.copy || !self.borrow.is_empty()
+    }
+
     /// `roots` in the default domain with as many threads as there are processors.
     #[must_use]
     pub fn new(roots: Vec<PathBuf>) -> SealConfig {
@@ -67,6 +74,7 @@ impl SealConfig {
             domain: "default".into(),
             content: false,
             borrow: Vec::new(),
+            copy: false,
             threads,
             under_way_s: super::prove::UNDER_WAY_S,
             committed: Vec::new(),
@@ -89,7 +97,7 @@ pub fn seal(store: &Store, config: &SealConfig, progress: &Progress) -> Result<S
     let mut locator = Locator::new(store, &build, &lookup, Readings::new(&facts), progress);
     locator.domain = domain.id;
     locator.content = config.content;
-    if !config.borrow.is_empty() {
+    if config.without_reflink() {
         let dirs = root::to_borrow(store, config)?;
         let dev =
             rustix::fs::fstat(store.dirfd()).map_err(|e| StoreError::io("stat", store.dir(), e))?.st_dev;

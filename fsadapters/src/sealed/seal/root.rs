@@ -225,7 +225,7 @@ impl<'a> Known<'a> {
             mounts: crate::mountinfo::read().unwrap_or_default(),
             began_at: now.map_or(0, |d| d.as_secs().cast_signed()),
             committed: &config.committed,
-            borrow: !config.borrow.is_empty(),
+            borrow: config.without_reflink(),
         })
     }
 
