@@ -31,7 +31,11 @@ pub struct VerifyArgs {
 /// Runs `pagefold verify`.
 pub fn run(args: &VerifyArgs) -> anyhow::Result<Exit> {
     let store = args.store.open(None, OpenMode::Existing, "verify")?;
-    let report = task_bar::watch("verifying", |task| store.verify(task))?;
+    let report = task_bar::watch("verifying", |task| {
+        let mut report = store.verify(task)?;
+        store.verify_places(task, &mut report)?;
+        Ok::<_, pagefold_fsadapters::store::StoreError>(report)
+    })?;
     let mut out = std::io::stdout().lock();
     match args.format {
         Format::Json => {

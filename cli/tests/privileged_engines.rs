@@ -64,12 +64,14 @@ fn privileged_nspawn_lives_in_a_view() {
 #[test]
 fn privileged_podman_lives_in_a_view() {
     in_a_view_of(RigFs::Xfs, |rig, view| {
-        let (graph, run) = (rig.make_dir("podman/graph"), rig.make_dir("podman/run"));
+        let graph = rig.make_dir("podman/graph");
+        // podman wants a path of at most 50 characters.
+        let run = tempfile::Builder::new().prefix("pagefold-").tempdir_in("/run").expect("a system has /run");
         let told = with_cgroups(&format!(
             "podman --root {} --runroot {} --storage-driver vfs run --rm --cgroups=disabled --network=none \
              --ulimit nofile=1024:1024 --ulimit nproc=1000:1000 --rootfs {} /bin/sh -c '{WORK}'",
             graph.display(),
-            run.display(),
+            run.path().display(),
             view.display()
         ));
         assert!(told.contains("got sealed"), "{told}");

@@ -224,7 +224,6 @@ fn what_contradicts_itself_is_not_published() {
         AnchorRow { serial: 1, domain: ours.id, size: 1, signature: None, content: None, borrowed: None };
     let image = ImageRow { domain: ours.id, bytes: 1, entries: 1, anchors: vec![AnchorKey([1; 32])] };
     let key = AnchorKey::of(store.id(), 1);
-    let foreign_layer = RootRow { domain: other.id, ..root(&store, &other, "/r/x", row.layers.clone()) };
     let cases = [
         (
             &ours,
@@ -239,7 +238,6 @@ fn what_contradicts_itself_is_not_published() {
                 ..Publication::default()
             },
         ),
-        (&other, Publication { roots: vec![foreign_layer], ..Publication::default() }),
         (&other, Publication { roots: vec![row.clone()], ..Publication::default() }),
     ];
     for (domain, publication) in &cases {

@@ -121,4 +121,15 @@ impl Store {
         report.interrupted = task.is_cancelled();
         Ok(report)
     }
+
+    /// Compares where anchors are with where `seal` found them when it made them, and adds to `report`. Apart from
+    /// [`Store::verify`], for only `seal` knows what the index's hints mean.
+    ///
+    /// # Errors
+    /// As [`Store::verify`].
+    pub fn verify_places(&self, task: &Task, report: &mut VerifyReport) -> Result<(), StoreError> {
+        anchors::places(self, task, report)?;
+        report.interrupted = task.is_cancelled();
+        Ok(())
+    }
 }

@@ -27,9 +27,6 @@ pub(super) fn anchors(store: &Store, task: &Task, report: &mut VerifyReport) -> 
     })?;
     let domains: Vec<DomainRow> = snapshot.rows(DOMAINS)?;
     task.expect(rows.len() as u64);
-    // Where no balance moves blocks, an immutable file stays where it was made: elsewhere means written.
-    let readings = fsid::describe(store.dirfd()).ok().map(|facts| Readings::new(&facts));
-    let readings = readings.filter(|readings| !readings.relocates());
     for (key, row) in rows {
         if task.is_cancelled() {
             return Ok(());
@@ -42,11 +39,6 @@ pub(super) fn anchors(store: &Store, task: &Task, report: &mut VerifyReport) -> 
             report.problem(path, ProblemKind::Index, format!("there is no domain {}", row.domain));
         } else {
             anchor(store, &key, &row, task, report);
-            if let Some(detail) =
-                readings.as_ref().and_then(|readings| elsewhere(store, &key, &row, readings))
-            {
-                report.problem(store.anchor_path(row.domain, &key), ProblemKind::Damaged, detail);
-            }
         }
         report.anchors += 1;
         task.did(1);
@@ -110,6 +102,23 @@ fn borrowed_changed(file: &File, row: &AnchorRow, task: &Task) -> std::io::Resul
         }
     }
     Ok(false)
+}
+
+/// Whether anchors are where they were made. Where no balance moves blocks, an immutable file stays there: elsewhere means
+/// written.
+pub(super) fn places(store: &Store, task: &Task, report: &mut VerifyReport) -> Result<(), StoreError> {
+    let readings = fsid::describe(store.dirfd()).ok().map(|facts| Readings::new(&facts));
+    let Some(readings) = readings.filter(|readings| !readings.relocates()) else { return Ok(()) };
+    let snapshot = store.snapshot()?;
+    snapshot.each(ANCHORS, |key, bytes| {
+        let (key, row): (AnchorKey, AnchorRow) = (AnchorKey(*key), snapshot.decoded(bytes)?);
+        if !task.is_cancelled()
+            && let Some(detail) = elsewhere(store, &key, &row, &readings)
+        {
+            report.problem(store.anchor_path(row.domain, &key), ProblemKind::Damaged, detail);
+        }
+        Ok(())
+    })
 }
 
 /// An anchor that is not at the place where it was made: somebody wrote it (and made it immutable again). `None` also where
