@@ -88,9 +88,9 @@ fn privileged_a_lost_whiteout_brings_nothing_back() {
     let layer = store.root_dir(rows[1].id, rows[1].generation).join("gone");
     for lost in [layer.join("file3"), layer.clone()] {
         if lost.is_dir() {
-            fs::remove_dir_all(&lost).unwrap()
+            fs::remove_dir_all(&lost).unwrap();
         } else {
-            fs::remove_file(&lost).unwrap()
+            fs::remove_file(&lost).unwrap();
         }
         assert_eq!(store.verify(&Task::default()).unwrap().problem_count, 1);
         let error = home.try_mount(&store, &rows[1], "vb", &MountOptions::default()).unwrap_err();
