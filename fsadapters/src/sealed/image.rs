@@ -5,7 +5,7 @@
 //! and leads nowhere (design 6).
 //!
 //! Invariants: the bytes are a function of the tree alone. The writer is only called with what it can hold
-//! ([`super::refuse`]), so it never panics. The root directory's own metadata is *not* in the image: the upper's root has it,
+//! (`super::refuse`), so it never panics. The root directory's own metadata is *not* in the image: the upper's root has it,
 //! and clones whose root directories differ share one image. The digest names the bytes; the superblock's UUID is made from
 //! it, so that overlayfs with `index=on` refuses an upper that belongs to another image (it compares UUIDs; null UUIDs it
 //! takes as equal).

@@ -42,13 +42,13 @@ pub struct Refusal {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Why {
-    /// Name longer than [`NAME_BYTES_MAX`].
+    /// Name longer than `NAME_BYTES_MAX`.
     #[error("the name has {0} bytes, more than 255")]
     NameLength(usize),
-    /// Target longer than [`SYMLINK_BYTES_MAX`], or empty.
+    /// Target longer than `SYMLINK_BYTES_MAX`, or empty.
     #[error("the symbolic link has {0} bytes; 1 to 4095 can be held")]
     SymlinkLength(usize),
-    /// Value longer than [`XATTR_VALUE_BYTES_MAX`].
+    /// Value longer than `XATTR_VALUE_BYTES_MAX`.
     #[error("the value of attribute {name:?} has {bytes} bytes; 65535 can be held")]
     XattrValue {
         /// Attribute.
@@ -59,7 +59,7 @@ pub enum Why {
     /// Name of an attribute that an image has no place for.
     #[error("the attribute {0:?} can't be shown by a view")]
     XattrName(String),
-    /// More than [`XATTR_BYTES_MAX`] or [`XATTRS_MAX`].
+    /// More than `XATTR_BYTES_MAX` or `XATTRS_MAX`.
     #[error("{count} attributes of {bytes} bytes in all are more than an image can hold")]
     XattrTotal {
         /// How many.
@@ -76,13 +76,13 @@ pub enum Why {
     /// Nanoseconds beyond a second.
     #[error("the modification time has {0} nanoseconds")]
     Time(u32),
-    /// Deeper than [`DEPTH_MAX`].
+    /// Deeper than `DEPTH_MAX`.
     #[error("directories are nested deeper than 2048")]
     Depth,
-    /// Larger than [`FILE_BYTES_MAX`].
+    /// Larger than `FILE_BYTES_MAX`.
     #[error("the file has {0} bytes, more than 4 PiB")]
     FileSize(u64),
-    /// More than [`METADATA_BYTES_MAX`].
+    /// More than `METADATA_BYTES_MAX`.
     #[error("the tree has more than 2 GiB of names and attributes")]
     TreeSize,
     /// Not a tree (see [`super::tree`]): a manifest that somebody made, or a defect.

@@ -4,7 +4,7 @@
 //! open and check each root -> walk it, an anchor for every file -> close the proofs -> image, manifest, upper -> publish by one commit
 //! ```
 //!
-//! Roots are done in groups of [`GROUP`]: one first and one last reading of an anchor then serve all clones of the group, and memory
+//! Roots are done in groups of `GROUP`: one first and one last reading of an anchor then serve all clones of the group, and memory
 //! holds a group's trees, not all. Invariant: a root is published whole or not at all, and one that fails takes no other with it; raw
 //! roots are only read. What it deliberately does not do: mount, or remove what no root needs any more (`gc`).
 

@@ -12,7 +12,7 @@
 //! bytes.
 //!
 //! Invariant: [`decode`] ends with a [`Tree`] that keeps all invariants of `sealed::tree`, or with an error, for any bytes; what it
-//! allocates is bounded by [`BODY_BYTES_MAX`]. What it deliberately does not keep: [`RawFacts::signature`], 16 random bytes a
+//! allocates is bounded by [`BODY_BYTES_MAX`]. What it deliberately does not keep: `RawFacts::signature`, 16 random bytes a
 //! file that are true only until the next balance. Whether a raw file still has the sealed extents is asked of its anchor.
 
 use std::io::{Read, Write};

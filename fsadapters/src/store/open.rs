@@ -370,7 +370,7 @@ impl Store {
         Ok(file)
     }
 
-    /// The directory of one generation of a root: `upper/`, `work/`, `manifest`. Made by [`Self::make_root_dir`].
+    /// The directory of one generation of a root: `upper/`, `work/`, `manifest`. Made by `Self::make_root_dir`.
     #[must_use]
     pub fn root_dir(&self, id: SealId, generation: u64) -> PathBuf {
         self.dir.join(root_name(id, generation))
