@@ -10,7 +10,8 @@ set -euo pipefail
 PATH="$PATH:/usr/sbin:/sbin"
 
 # program:Debian package
-compiler="cc:gcc"
+# pkg-config and OpenSSL's headers: for the crate that writes images.
+compiler="cc:gcc pkg-config:pkg-config"
 demo="$compiler mkfs.xfs:xfsprogs mount:mount losetup:mount"
 # fincore is the independent count of cached pages that the exactness tests compare with.
 test="$demo mkfs.btrfs:btrfs-progs btrfs:btrfs-progs mkfs.ext4:e2fsprogs fincore:util-linux-extra setpriv:util-linux"
@@ -34,6 +35,7 @@ missing_packages() {
     for pair in $wanted; do
         command -v "${pair%%:*}" >/dev/null || echo "${pair##*:}"
     done | sort -u
+    pkg-config --exists openssl 2>/dev/null || echo libssl-dev
 }
 
 if ! command -v cargo >/dev/null; then
