@@ -8,8 +8,25 @@ use std::time::Duration;
 
 use super::*;
 
-fn temp() -> tempfile::TempDir {
-    tempfile::tempdir().expect("a temporary directory")
+/// Goes with what is in it, immutable anchors too.
+struct Temp(tempfile::TempDir);
+
+impl std::ops::Deref for Temp {
+    type Target = tempfile::TempDir;
+
+    fn deref(&self) -> &tempfile::TempDir {
+        &self.0
+    }
+}
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("chattr").args(["-R", "-f", "-i"]).arg(self.0.path()).status();
+    }
+}
+
+fn temp() -> Temp {
+    Temp({ tempfile::tempdir().expect("a temporary directory") })
 }
 
 fn open(dir: &Path) -> Result<Store, StoreError> {
