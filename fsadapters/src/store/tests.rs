@@ -26,7 +26,7 @@ impl Drop for Temp {
 }
 
 fn temp() -> Temp {
-    Temp({ tempfile::tempdir().expect("a temporary directory") })
+    Temp(tempfile::tempdir().expect("a temporary directory"))
 }
 
 fn open(dir: &Path) -> Result<Store, StoreError> {
