@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions};
 
 use crate::cache::mincore_range;
 
@@ -22,28 +22,27 @@ const FRAME: u64 = (1 << 55) - 1;
 /// Pages mapped at once.
 const WINDOW_PAGES: u64 = 16 << 10;
 
-/// Page frame numbers to memory groups.
+/// Page frame numbers of this process's mappings.
 #[derive(Debug)]
-pub struct Payers {
+pub struct Frames {
     pagemap: File,
-    groups: File,
 }
 
-impl Payers {
+impl Frames {
     /// Opens what it takes.
     ///
     /// # Errors
-    /// Not root; a kernel without `CONFIG_PROC_PAGE_MONITOR` or `CONFIG_MEMCG` (`ENOENT`).
-    pub fn open() -> io::Result<Payers> {
-        Ok(Payers { pagemap: File::open("/proc/self/pagemap")?, groups: File::open("/proc/kpagecgroup")? })
+    /// A kernel without `CONFIG_PROC_PAGE_MONITOR` (`ENOENT`). To others than root all frames are 0.
+    pub fn open() -> io::Result<Frames> {
+        Ok(Frames { pagemap: File::open("/proc/self/pagemap")? })
     }
 
-    /// Calls `group` with the inode number of the memory group that each cached page among bytes `0 .. size` of `fd` is
-    /// charged to; 0 where the kernel knows none.
+    /// Calls `each` with the number (in the file) and the page frame number of every cached page among bytes `0 .. size` of
+    /// `fd`, ascending. Two files that have one frame share that page of memory.
     ///
     /// # Errors
-    /// The file can't be mapped or the tables can't be read.
-    pub fn of_file(&self, fd: BorrowedFd<'_>, size: u64, mut group: impl FnMut(u64)) -> io::Result<()> {
+    /// The file can't be mapped or the table can't be read.
+    pub fn of_file(&self, fd: BorrowedFd<'_>, size: u64, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
         let page = rustix::param::page_size() as u64;
         let mut runs = Vec::new();
         mincore_range(fd, 0, size, |first, pages| runs.push((first, pages)))?;
@@ -58,19 +57,47 @@ impl Payers {
                     .map_raw_read_only(&fd)?;
                 // An error instead of a signal, should the file have become shorter.
                 map.advise_range(Advice::PopulateRead, 0, bytes)?;
-                for frame in self.frames(&map, count, page)? {
-                    group(self.group_of(frame)?);
+                let mut entries = vec![0; count * 8];
+                self.pagemap.read_exact_at(&mut entries, map.as_ptr() as u64 / page * 8)?;
+                for (number, entry) in (start..).zip(words(&entries)) {
+                    if entry & PRESENT != 0 {
+                        each(number, entry & FRAME);
+                    }
                 }
             }
         }
         Ok(())
     }
+}
 
-    fn frames(&self, map: &MmapRaw, pages: usize, page: u64) -> io::Result<Vec<u64>> {
-        let mut entries = vec![0; pages * 8];
-        let at = map.as_ptr() as u64 / page * 8;
-        self.pagemap.read_exact_at(&mut entries, at)?;
-        Ok(words(&entries).filter(|e| e & PRESENT != 0).map(|e| e & FRAME).collect())
+/// Page frame numbers to memory groups.
+#[derive(Debug)]
+pub struct Payers {
+    frames: Frames,
+    groups: File,
+}
+
+impl Payers {
+    /// Opens what it takes.
+    ///
+    /// # Errors
+    /// Not root; a kernel without `CONFIG_PROC_PAGE_MONITOR` or `CONFIG_MEMCG` (`ENOENT`).
+    pub fn open() -> io::Result<Payers> {
+        Ok(Payers { frames: Frames::open()?, groups: File::open("/proc/kpagecgroup")? })
+    }
+
+    /// Calls `group` with the inode number of the memory group that each cached page among bytes `0 .. size` of `fd` is
+    /// charged to; 0 where the kernel knows none.
+    ///
+    /// # Errors
+    /// The file can't be mapped or the tables can't be read.
+    pub fn of_file(&self, fd: BorrowedFd<'_>, size: u64, mut group: impl FnMut(u64)) -> io::Result<()> {
+        let mut frames = Vec::new();
+        self.frames.of_file(fd, size, |_, frame| frames.push(frame))?;
+        frames.into_iter().try_for_each(|frame| {
+            group(self.group_of(frame)?);
+            Ok(())
+        })
     }
 
     fn group_of(&self, frame: u64) -> io::Result<u64> {
