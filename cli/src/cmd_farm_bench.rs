@@ -207,9 +207,9 @@ fn arms_table(arms: &[ArmReport]) -> String {
         ("kernel memory charged", |a| bytes(a.memory.kernel_bytes)),
         ("host's slab grew by", |a| signed_bytes(a.memory.slab_delta_bytes)),
         ("cold start, first", |a| format!("{:.0} ms", a.cold_start.first_ms)),
-        ("cold start, median", |a| format!("{:.0} ms", a.cold_start.median_ms)),
+        ("cold start, mean", |a| format!("{:.0} ms", a.cold_start.mean_ms)),
         ("cold start, all", |a| format!("{:.0} ms", a.cold_start.total_ms)),
-        ("warm start, median", |a| format!("{:.0} ms", a.warm_start.median_ms)),
+        ("warm start, mean", |a| format!("{:.0} ms", a.warm_start.mean_ms)),
         ("open + close", |a| format!("{:.2} us", a.open_close_us)),
     ];
     let headers = std::iter::once(String::new()).chain(arms.iter().map(|a| a.arm.name().to_owned()));

@@ -50,9 +50,9 @@ fn draw(area: &Area<'_>, report: &BenchReport) -> Result<(), Box<dyn std::error:
         ("kernel", |a| a.memory.kernel_bytes as f64 / MIB),
     ];
     let time_bars: [Bars<'_>; 2] =
-        [("cold start", |a| a.cold_start.median_ms), ("warm start", |a| a.warm_start.median_ms)];
+        [("cold start", |a| a.cold_start.mean_ms), ("warm start", |a| a.warm_start.mean_ms)];
     panel(&memory, "all containers, MiB", &memory_bars, &report.arms, true)?;
-    panel(&times, "median, ms", &time_bars, &report.arms, false)?;
+    panel(&times, "mean of the containers, ms", &time_bars, &report.arms, false)?;
     area.present()?;
     Ok(())
 }
@@ -71,7 +71,14 @@ fn panel(
         .x_label_area_size(26)
         .y_label_area_size(52)
         .build_cartesian_2d(0.0..bars.len() as f64, 0.0..highest * 1.25)?;
-    chart.configure_mesh().disable_x_mesh().disable_x_axis().y_desc(unit).light_line_style(WHITE).draw()?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .disable_x_axis()
+        .y_desc(unit)
+        .y_label_formatter(&|y| format!("{y:.0}"))
+        .light_line_style(WHITE)
+        .draw()?;
     let small = ("sans-serif", 12).into_font().color(&INK);
     let width = 0.8 / arms.len().max(1) as f64;
     for (n, arm) in arms.iter().enumerate() {

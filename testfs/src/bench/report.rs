@@ -91,7 +91,7 @@ pub struct ArmReport {
     pub memory: Figures,
     /// From an empty cache, one container after the other, until its program answered.
     pub cold_start: Times,
-    /// The same again with what was then in the cache.
+    /// The same again with what was then in the cache: each container's best of three.
     pub warm_start: Times,
     /// open(2) and close(2) of a cached file in one root: median of the rounds' means, microseconds.
     pub open_close_us: f64,
@@ -117,8 +117,8 @@ pub struct Figures {
 pub struct Times {
     /// The first container.
     pub first_ms: f64,
-    /// Median.
-    pub median_ms: f64,
+    /// Mean: containers run different programs, so a median would be one program's.
+    pub mean_ms: f64,
     /// The slowest.
     pub max_ms: f64,
     /// All of them.
