@@ -8,7 +8,7 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use common::view::{ViewRig, done, must};
+use common::view::{ViewRig, done, must, suite};
 use pagefold_testfs::rig::RigFs;
 
 /// Runs `script` in `root` as in a container: namespaces of its own, /dev and /proc.
@@ -45,13 +45,6 @@ const SQLITE: &str = "cd /srv && sqlite3 db 'PRAGMA journal_mode=WAL; CREATE TAB
 const CHECK: &str = "dpkg --audit; /srv/cloned/a; cd /srv/cloned && git fsck --strict && git status --porcelain; \
     sqlite3 /srv/db 'SELECT count(*) FROM t; PRAGMA integrity_check'; redis-check-aof /srv/redis/appendonlydir/*.manifest | tail -1; \
     dpkg --verify git sqlite3 redis-server make";
-
-/// The host's own, because its package sources are used.
-fn suite() -> String {
-    let text = std::fs::read_to_string("/etc/os-release").expect("a Linux with os-release");
-    let name = text.lines().find_map(|l| l.strip_prefix("VERSION_CODENAME=")).expect("a Debian");
-    name.trim_matches('"').to_owned()
-}
 
 #[test]
 fn privileged_apt_git_redis_and_sqlite_live_in_a_view() {

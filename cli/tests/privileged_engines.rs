@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use common::view::{ViewRig, done, install_busybox, must};
+use common::view::{ViewRig, done, install_busybox, must, with_cgroups};
 use pagefold_testfs::rig::RigFs;
 
 /// What every container does.
@@ -32,12 +32,6 @@ fn in_a_view_of(fs: RigFs, start: impl Fn(&ViewRig, &Path)) {
     for view in &views {
         done(&["umount".as_ref(), view.as_os_str()]);
     }
-}
-
-/// Runs `script` in a mount namespace of its own with a version 2 cgroup tree, which engines expect and test machines may lack.
-fn with_cgroups(script: &str) -> String {
-    let prologue = "set -e; mount --make-rprivate /; mount -t cgroup2 none /sys/fs/cgroup; ";
-    must(Command::new("unshare").args(["--mount", "sh", "-c"]).arg(format!("{prologue}{script}")))
 }
 
 #[test]

@@ -104,6 +104,19 @@ pub fn must(command: &mut Command) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
+/// Runs `script` in a mount namespace of its own with a version 2 cgroup tree, which engines expect and test machines may lack.
+pub fn with_cgroups(script: &str) -> String {
+    let prologue = "set -e; mount --make-rprivate /; mount -t cgroup2 none /sys/fs/cgroup; ";
+    must(Command::new("unshare").args(["--mount", "sh", "-c"]).arg(format!("{prologue}{script}")))
+}
+
+/// The Debian to install: the host's own, because its package sources are used.
+pub fn suite() -> String {
+    let text = std::fs::read_to_string("/etc/os-release").expect("a Linux with os-release");
+    let name = text.lines().find_map(|l| l.strip_prefix("VERSION_CODENAME=")).expect("a Debian");
+    name.trim_matches('"').to_owned()
+}
+
 /// Gives `root` a static shell, enough for a container to start.
 pub fn install_busybox(root: &Path) {
     let found = ["/bin/busybox", "/usr/bin/busybox"].map(Path::new).into_iter().find(|p| p.exists());
