@@ -16,3 +16,15 @@ pub mod scan_vs;
 pub mod stats;
 pub mod tree;
 pub mod view_costs;
+
+/// How a program of this crate ends: what went wrong is told on stderr.
+#[must_use]
+pub fn end(program: &str, result: anyhow::Result<()>) -> std::process::ExitCode {
+    match result {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{program}: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

@@ -3,19 +3,19 @@
 //! What it deliberately does not hold: how (see `pagefold_fsadapters::sealed::commit_root`).
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::Args;
-use pagefold_fsadapters::scan::{Progress, path_text};
-use pagefold_fsadapters::sealed::commit::{Applied, CommitError, OnConflict};
+use pagefold_fsadapters::scan::path_text;
+use pagefold_fsadapters::sealed::commit::{Applied, OnConflict};
 use pagefold_fsadapters::sealed::commit_root::{CommitOptions, CommitOutcome, CommitReport, commit_root};
 use pagefold_fsadapters::store::{OpenMode, RootRow, Store};
 
 use crate::exit::Exit;
-use crate::format::Format;
+use crate::format::{Format, write_json};
+use crate::human;
+use crate::per_root::{PerRoot, Whole, cancellable, near, rows_of};
 use crate::store_arg::StoreArg;
-use crate::{human, interrupt};
 
 /// Arguments of `pagefold commit`.
 #[derive(Debug, Args)]
@@ -69,58 +69,14 @@ impl HowArgs {
     }
 }
 
-/// The roots that are named, or all of the store.
-pub fn rows_of(store: &Store, roots: &[PathBuf], all: bool) -> anyhow::Result<Vec<RootRow>> {
-    if all {
-        return Ok(store.roots()?);
-    }
-    roots.iter().map(|root| store.find_root(root).with_context(|| human::path(root).to_string())).collect()
-}
-
-/// Where the store is: near the first root if that is a path.
-pub fn near(roots: &[PathBuf]) -> Option<&Path> {
-    roots.first().map(PathBuf::as_path).filter(|path| path.exists())
-}
-
-/// Runs `work` with a progress that Ctrl-C cancels.
-pub fn cancellable<T: Send>(work: impl FnOnce(&Progress) -> T + Send) -> T {
-    let progress = Progress::default();
-    std::thread::scope(|scope| {
-        let progress = &progress;
-        let _interrupt = interrupt::on_interrupt(scope, move || progress.cancel());
-        work(progress)
-    })
-}
-
 /// Runs `pagefold commit`.
 pub fn run(args: &CommitArgs) -> anyhow::Result<Exit> {
     let store = args.store.open(near(&args.roots), OpenMode::Existing, "pagefold commit")?;
     let rows = rows_of(&store, &args.roots, args.all)?;
     let options = args.how.options();
-    let results: Vec<(RootRow, Result<CommitReport, CommitError>)> = cancellable(|progress| {
-        rows.into_iter()
-            .map(|row| {
-                let result = commit_root(&store, &row, options, progress);
-                (row, result)
-            })
-            .collect()
-    });
+    let results = PerRoot::of(rows, |row, progress| commit_root(&store, row, options, progress));
     write(&results, args.format)?;
-    Ok(exit_of(results.iter().map(|(_, result)| match result {
-        Ok(report) => is_complete(report),
-        Err(_) => Whole::Not,
-    })))
-}
-
-/// How much of one root was done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Whole {
-    /// All.
-    All,
-    /// A part.
-    Part,
-    /// Nothing.
-    Not,
+    Ok(results.exit(is_complete))
 }
 
 fn is_complete(report: &CommitReport) -> Whole {
@@ -130,58 +86,29 @@ fn is_complete(report: &CommitReport) -> Whole {
     }
 }
 
-/// The exit code of several roots.
-pub fn exit_of(results: impl Iterator<Item = Whole>) -> Exit {
-    let all: Vec<Whole> = results.collect();
-    match all.iter().all(|w| *w == Whole::All) {
-        true => Exit::Done,
-        false if all.iter().all(|w| *w == Whole::Not) => Exit::Error,
-        false => Exit::Partial,
-    }
-}
-
-fn write(results: &[(RootRow, Result<CommitReport, CommitError>)], format: Format) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
+fn write(results: &PerRoot<CommitReport>, format: Format) -> anyhow::Result<()> {
     if format == Format::Json {
-        let roots: Vec<serde_json::Value> =
-            results.iter().filter_map(|(_, r)| r.as_ref().ok()).map(report_json).collect();
-        let errors: Vec<serde_json::Value> = results
-            .iter()
-            .filter_map(|(row, r)| {
-                let error = r.as_ref().err()?.to_string();
-                Some(serde_json::json!({ "name": row.name, "error": error }))
-            })
-            .collect();
-        let report = serde_json::json!({ "schema": "pagefold.commit/1", "roots": roots, "errors": errors });
-        serde_json::to_writer_pretty(&mut out, &report)?;
-        writeln!(out)?;
-        return Ok(());
+        return write_json(&results.json("pagefold.commit/1", report_json));
     }
-    for (row, result) in results {
-        match result {
-            Ok(report) => {
-                let what = match report.outcome {
-                    CommitOutcome::Unchanged => "its view has written nothing".to_owned(),
-                    CommitOutcome::Committed => {
-                        format!("committed and sealed again: {}", summary(&report.applied))
-                    }
-                    CommitOutcome::NotSealed => format!("committed: {}", summary(&report.applied)),
-                    CommitOutcome::Partial => format!("committed in part: {}", summary(&report.applied)),
-                };
-                writeln!(out, "{}: {what}", row.name)?;
-                tell(&report.applied);
-                if let Some(why) = &report.seal_error {
-                    eprintln!(
-                        "pagefold: {}: it could not be sealed again, its view can be mounted as before: {why}",
-                        row.name
-                    );
-                }
-            }
-            Err(error) => eprintln!("pagefold: {}: {error}", row.name),
+    let mut out = std::io::stdout().lock();
+    results.tell(|row, report| {
+        let what = match report.outcome {
+            CommitOutcome::Unchanged => "its view has written nothing".to_owned(),
+            CommitOutcome::Committed => format!("committed and sealed again: {}", summary(&report.applied)),
+            CommitOutcome::NotSealed => format!("committed: {}", summary(&report.applied)),
+            CommitOutcome::Partial => format!("committed in part: {}", summary(&report.applied)),
+        };
+        writeln!(out, "{}: {what}", row.name)?;
+        tell(&report.applied);
+        if let Some(why) = &report.seal_error {
+            eprintln!(
+                "pagefold: {}: it could not be sealed again, its view can be mounted as before: {why}",
+                row.name
+            );
         }
-    }
-    out.flush()?;
-    Ok(())
+        Ok(())
+    })?;
+    Ok(out.flush()?)
 }
 
 fn report_json(report: &CommitReport) -> serde_json::Value {

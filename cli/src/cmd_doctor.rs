@@ -2,7 +2,6 @@
 //!
 //! What it deliberately does not hold: how anything is tried (see `pagefold_fsadapters::doctor`).
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -38,15 +37,7 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<Exit> {
         std::fs::metadata(path).with_context(|| format!("doctor: {}", human::path(path)))?;
     }
     let report = examine(&args.paths);
-    let mut out = std::io::stdout().lock();
-    match args.format {
-        Format::Json => {
-            serde_json::to_writer_pretty(&mut out, &report)?;
-            writeln!(out)?;
-        }
-        Format::Table => out.write_all(render(&report).as_bytes())?,
-    }
-    out.flush()?;
+    args.format.write(|| &report, || render(&report))?;
     Ok(if report.can_scan { Exit::Done } else { Exit::Refused })
 }
 

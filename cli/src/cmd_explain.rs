@@ -2,7 +2,6 @@
 //!
 //! What it deliberately does not hold: any verdict (see `pagefold_fsadapters::sealed::explain`).
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -38,11 +37,7 @@ pub fn run(args: &ExplainArgs) -> anyhow::Result<Exit> {
     };
     let store = pagefold_fsadapters::store::Store::open(&dir, OpenMode::Existing, "pagefold explain")?;
     let report = explain(&store, &args.path)?;
-    let text = match args.format {
-        Format::Json => serde_json::to_string_pretty(&report)? + "\n",
-        Format::Table => render(&report),
-    };
-    std::io::stdout().lock().write_all(text.as_bytes())?;
+    args.format.write(|| &report, || render(&report))?;
     Ok(Exit::Done)
 }
 

@@ -2,7 +2,6 @@
 //!
 //! What it deliberately does not hold: how (see `pagefold_fsadapters::sealed::export`).
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -12,10 +11,10 @@ use pagefold_fsadapters::sealed::export::{ExportOptions, ExportReport, export_ro
 use pagefold_fsadapters::sealed::mount::store_of;
 use pagefold_fsadapters::store::{OpenMode, RootRow, Store};
 
-use crate::cmd_commit::cancellable;
 use crate::exit::Exit;
 use crate::format::Format;
 use crate::human;
+use crate::per_root::cancellable;
 use crate::store_arg::StoreArg;
 
 /// Arguments of `pagefold export`.
@@ -59,7 +58,7 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<Exit> {
     let options = ExportOptions { subvolume: args.subvolume, read_only: args.read_only_snapshot };
     let report = cancellable(|progress| export_root(&store, &row, &args.target, options, progress))
         .with_context(|| format!("export {}", row.name))?;
-    write(&report, args.format)?;
+    args.format.write(|| json(&report), || line(&report) + "\n")?;
     Ok(if report.partial { Exit::Partial } else { Exit::Done })
 }
 
@@ -117,16 +116,4 @@ pub fn line(report: &ExportReport) -> String {
         },
         if report.live { "; its view was mounted: not of one moment" } else { "" },
     )
-}
-
-fn write(report: &ExportReport, format: Format) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    match format {
-        Format::Json => {
-            serde_json::to_writer_pretty(&mut out, &json(report))?;
-            writeln!(out)?;
-        }
-        Format::Table => writeln!(out, "{}", line(report))?,
-    }
-    Ok(out.flush()?)
 }

@@ -14,7 +14,7 @@ use pagefold_testfs::farm::{
 use pagefold_testfs::rig::RigError;
 
 use crate::cmd_farm_bench::{self, BenchArgs};
-use crate::exit::Exit;
+use crate::exit::{Ended, Exit};
 use crate::{human, interrupt};
 
 /// Arguments of `pagefold farm`.
@@ -165,18 +165,15 @@ fn create(args: &CreateArgs) -> anyhow::Result<Exit> {
             out.write_all(summary(&spec, &manifest).as_bytes())?;
             Ok(Exit::Done)
         }
-        Err(FarmError::Cancelled) => {
-            eprintln!("pagefold: {}", FarmError::Cancelled);
-            Ok(Exit::Partial)
+        Err(error) => {
+            let exit = match &error {
+                FarmError::Cancelled => Exit::Partial,
+                FarmError::Rig(RigError::NotRoot { .. } | RigError::NoProgram { .. })
+                | FarmError::NoReflink { .. } => Exit::Refused,
+                _ => return Err(named("create", &error)),
+            };
+            Err(Ended { exit, why: vec![error.to_string()] }.into())
         }
-        Err(
-            error @ (FarmError::Rig(RigError::NotRoot { .. } | RigError::NoProgram { .. })
-            | FarmError::NoReflink { .. }),
-        ) => {
-            eprintln!("pagefold: {error}");
-            Ok(Exit::Refused)
-        }
-        Err(error) => Err(named("create", &error)),
     }
 }
 

@@ -2,7 +2,6 @@
 //!
 //! What it deliberately does not hold: how anything is measured (see `pagefold_testfs::bench`).
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,7 +11,7 @@ use comfy_table::{CellAlignment, Table};
 use pagefold_testfs::bench::{self, Arm, ArmReport, BenchError, BenchReport, BenchSpec, WalkReport, chart};
 use pagefold_testfs::rig::{RigError, RigFs};
 
-use crate::exit::Exit;
+use crate::exit::{Ended, Exit};
 use crate::format::Format;
 use crate::human::{self, bytes, count};
 use crate::interrupt;
@@ -118,15 +117,14 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<Exit> {
             write(args, &report)?;
             Ok(Exit::Done)
         }
-        Err(BenchError::Cancelled) => {
-            eprintln!("pagefold: {}", BenchError::Cancelled);
-            Ok(Exit::Partial)
+        Err(error) => {
+            let exit = match &error {
+                BenchError::Cancelled => Exit::Partial,
+                BenchError::Rig(RigError::NotRoot { .. } | RigError::NoProgram { .. }) => Exit::Refused,
+                _ => return Err(named(&error)),
+            };
+            Err(Ended { exit, why: vec![error.to_string()] }.into())
         }
-        Err(error @ BenchError::Rig(RigError::NotRoot { .. } | RigError::NoProgram { .. })) => {
-            eprintln!("pagefold: {error}");
-            Ok(Exit::Refused)
-        }
-        Err(error) => Err(named(&error)),
     }
 }
 
@@ -146,12 +144,7 @@ fn write(args: &BenchArgs, report: &BenchReport) -> anyhow::Result<()> {
         let drawn = chart::svg(report).map_err(|e| named(&e))?;
         std::fs::write(path, drawn).with_context(|| format!("can't write {}", path.display()))?;
     }
-    let text = match args.format {
-        Format::Json => json,
-        Format::Table => render(report),
-    };
-    std::io::stdout().lock().write_all(text.as_bytes())?;
-    Ok(())
+    args.format.write(|| report, || render(report))
 }
 
 fn render(report: &BenchReport) -> String {

@@ -2,8 +2,6 @@
 //!
 //! What it deliberately does not hold: what is garbage (`pagefold_fsadapters::store` decides).
 
-use std::io::Write;
-
 use clap::Args;
 use pagefold_fsadapters::store::{GcReport, OpenMode, RootRow, Store};
 
@@ -35,15 +33,7 @@ pub fn run(args: &GcArgs) -> anyhow::Result<Exit> {
         let live = |root: &RootRow| is_live(&dir, root);
         Store::gc(&mut store, &live, task)
     })?;
-    let mut out = std::io::stdout().lock();
-    match args.format {
-        Format::Json => {
-            serde_json::to_writer_pretty(&mut out, &json(&store, &report))?;
-            writeln!(out)?;
-        }
-        Format::Table => out.write_all(text(&report).as_bytes())?,
-    }
-    out.flush()?;
+    args.format.write(|| json(&store, &report), || text(&report))?;
     Ok(if report.interrupted { Exit::Partial } else { Exit::Done })
 }
 

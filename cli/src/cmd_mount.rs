@@ -20,8 +20,9 @@ use pagefold_fsadapters::store::{OpenMode, RootRow, Store};
 
 use crate::cmd_prefault;
 use crate::exit::Exit;
-use crate::format::Format;
+use crate::format::{Format, write_json};
 use crate::human;
+use crate::per_root::errors_json;
 use crate::store_arg::StoreArg;
 
 /// Arguments of `pagefold mount`.
@@ -184,19 +185,16 @@ fn exit_of<'a>(errors: impl Iterator<Item = Option<&'a ViewError>>) -> Exit {
 }
 
 fn write_mounted(results: &[(String, Result<Mounted, ViewError>)], format: Format) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
     if format == Format::Json {
         let views: Vec<serde_json::Value> =
             results.iter().filter_map(|(_, r)| r.as_ref().ok()).map(mounted_json).collect();
-        let error =
-            |(name, e): (&String, &ViewError)| serde_json::json!({ "name": name, "error": e.to_string() });
-        let errors: Vec<serde_json::Value> =
-            results.iter().filter_map(|(n, r)| Some((n, r.as_ref().err()?))).map(error).collect();
-        let report = serde_json::json!({ "schema": "pagefold.mount/1", "views": views, "errors": errors });
-        serde_json::to_writer_pretty(&mut out, &report)?;
-        writeln!(out)?;
-        return Ok(());
+        let failed = results.iter().filter_map(|(name, r)| Some((name.as_str(), r.as_ref().err()?)));
+        let errors = errors_json(failed);
+        return write_json(
+            &serde_json::json!({ "schema": "pagefold.mount/1", "views": views, "errors": errors }),
+        );
     }
+    let mut out = std::io::stdout().lock();
     for (name, result) in results {
         match result {
             Ok(view) => {
@@ -305,13 +303,10 @@ fn unmounted_json(done: &Unmounted, extra: Extra) -> serde_json::Value {
 }
 
 fn write_unmounted(reports: &[serde_json::Value], format: Format) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
     if format == Format::Json {
-        let report = serde_json::json!({ "schema": "pagefold.umount/1", "views": reports });
-        serde_json::to_writer_pretty(&mut out, &report)?;
-        writeln!(out)?;
-        return Ok(());
+        return write_json(&serde_json::json!({ "schema": "pagefold.umount/1", "views": reports }));
     }
+    let mut out = std::io::stdout().lock();
     for report in reports {
         let text = |key: &str| report[key].as_str().unwrap_or_default().to_owned();
         let target = human::path(Path::new(&text("target")));

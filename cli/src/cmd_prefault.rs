@@ -2,7 +2,6 @@
 //!
 //! What it deliberately does not hold: how (see `pagefold_fsadapters::sealed::prefault`).
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -66,11 +65,7 @@ pub fn run(args: &PrefaultArgs) -> anyhow::Result<Exit> {
         recharge: args.recharge,
     };
     let report = watched(&store, &config)?;
-    let text = match args.format {
-        Format::Json => serde_json::to_string_pretty(&report)? + "\n",
-        Format::Table => render(&report),
-    };
-    std::io::stdout().lock().write_all(text.as_bytes())?;
+    args.format.write(|| &report, || render(&report))?;
     Ok(if report.partial || !report.errors.is_empty() { Exit::Partial } else { Exit::Done })
 }
 

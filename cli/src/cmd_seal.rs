@@ -3,7 +3,6 @@
 //! What it deliberately does not hold: how a root is sealed (see `pagefold_fsadapters::sealed::seal`).
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -12,7 +11,7 @@ use pagefold_fsadapters::sealed::report::{Outcome, RootSeal, SealReport};
 use pagefold_fsadapters::sealed::seal::{SealConfig, seal, unsupported};
 use pagefold_fsadapters::store::{OpenMode, Store};
 
-use crate::exit::Exit;
+use crate::exit::{Ended, Exit};
 use crate::format::Format;
 use crate::{human, interrupt, progress_bar, raise_open_files, store_arg};
 
@@ -80,10 +79,8 @@ pub fn run(args: &SealArgs) -> anyhow::Result<Exit> {
     // Before a store is made where it would be of no use.
     let reasons: Vec<String> = args.roots.iter().filter_map(|root| unsupported(root)).collect();
     if args.borrow.is_empty() && reasons.len() == args.roots.len() {
-        for (root, reason) in args.roots.iter().zip(reasons) {
-            eprintln!("pagefold: {}: {reason}", human::path(root));
-        }
-        return Ok(Exit::Refused);
+        let why = args.roots.iter().zip(reasons).map(|(root, why)| format!("{}: {why}", human::path(root)));
+        return Err(Ended { exit: Exit::Refused, why: why.collect() }.into());
     }
     let (dir, config) = args.resolve()?;
     raise_open_files();
@@ -95,15 +92,7 @@ pub fn run(args: &SealArgs) -> anyhow::Result<Exit> {
         let _bar = progress_bar::show(scope, progress);
         seal(&store, &config, progress)
     })?;
-    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    match args.format {
-        Format::Json => {
-            serde_json::to_writer_pretty(&mut out, &report)?;
-            writeln!(out)?;
-        }
-        Format::Table => out.write_all(table(&report).as_bytes())?,
-    }
-    out.flush()?;
+    args.format.write(|| &report, || table(&report))?;
     if args.format == Format::Table {
         for error in &report.errors {
             eprintln!("pagefold: {}: {}", human::path(&error.path), error.error);

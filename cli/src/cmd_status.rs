@@ -2,7 +2,6 @@
 //!
 //! What it deliberately does not hold: any figure (see `pagefold_fsadapters::sealed::status`).
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -55,11 +54,7 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<Exit> {
         let _interrupt = interrupt::on_interrupt(scope, || cancel.store(true, Ordering::Relaxed));
         status(&store, config, &cancel)
     })?;
-    let text = match args.format {
-        Format::Json => serde_json::to_string_pretty(&report)? + "\n",
-        Format::Table => render(&report),
-    };
-    std::io::stdout().lock().write_all(text.as_bytes())?;
+    args.format.write(|| &report, || render(&report))?;
     Ok(if report.partial || !report.errors.is_empty() { Exit::Partial } else { Exit::Done })
 }
 

@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 use anyhow::bail;
 use clap::Args;
 use pagefold_fsadapters::scan::path_text;
-use pagefold_fsadapters::sealed::commit::CommitError;
 use pagefold_fsadapters::sealed::remains::{self, Remain};
 use pagefold_fsadapters::sealed::unseal::{UnsealReport, Writes, remove_store, unseal_root};
 use pagefold_fsadapters::store::{GcReport, OpenMode, RootRow, Store, StoreError, Task, remove_unfinished};
 
-use crate::cmd_commit::{self, HowArgs, Whole, applied_json, cancellable, exit_of, near, rows_of};
+use crate::cmd_commit::{self, HowArgs, applied_json};
 use crate::exit::Exit;
-use crate::format::Format;
+use crate::format::{Format, write_json};
+use crate::per_root::{PerRoot, Whole, near, rows_of};
 use crate::store_arg::StoreArg;
 use crate::{cmd_export, human, task_bar};
 
@@ -78,7 +78,7 @@ pub fn run(args: &UnsealArgs) -> anyhow::Result<Exit> {
         // What an earlier `unseal --all` did not come to remove.
         Err(StoreError::Absent(path)) if args.all && path.is_dir() => {
             remove_unfinished(&path)?;
-            write(&[], Some(&GcReport::default()), args.format)?;
+            write(&PerRoot::none(), Some(&GcReport::default()), args.format)?;
             return Ok(Exit::Done);
         }
         other => other?,
@@ -88,19 +88,9 @@ pub fn run(args: &UnsealArgs) -> anyhow::Result<Exit> {
         std::fs::create_dir_all(dir)?;
     }
     let several = rows.len() > 1;
-    let results: Vec<(RootRow, Result<UnsealReport, CommitError>)> = cancellable(|progress| {
-        rows.into_iter()
-            .map(|row| {
-                let result = unseal_root(&store, &row, &writes(args, &row, several), progress);
-                (row, result)
-            })
-            .collect()
-    });
-    let exit = exit_of(results.iter().map(|(_, result)| match result {
-        Ok(report) if report.unsealed => Whole::All,
-        Ok(_) => Whole::Part,
-        Err(_) => Whole::Not,
-    }));
+    let results =
+        PerRoot::of(rows, |row, progress| unseal_root(&store, row, &writes(args, row, several), progress));
+    let exit = results.exit(|report| if report.unsealed { Whole::All } else { Whole::Part });
     let removed = match args.all && exit == Exit::Done {
         true => Some(task_bar::watch("removing", |task: &Task| remove_store(store, task))),
         false => None,
@@ -123,38 +113,14 @@ fn writes(args: &UnsealArgs, row: &RootRow, several: bool) -> Writes {
     }
 }
 
-fn write(
-    results: &[(RootRow, Result<UnsealReport, CommitError>)],
-    removed: Option<&GcReport>,
-    format: Format,
-) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
+fn write(results: &PerRoot<UnsealReport>, removed: Option<&GcReport>, format: Format) -> anyhow::Result<()> {
     if format == Format::Json {
-        let roots: Vec<serde_json::Value> =
-            results.iter().filter_map(|(_, r)| r.as_ref().ok()).map(report_json).collect();
-        let errors: Vec<serde_json::Value> = results
-            .iter()
-            .filter_map(|(row, r)| {
-                let error = r.as_ref().err()?.to_string();
-                Some(serde_json::json!({ "name": row.name, "error": error }))
-            })
-            .collect();
-        let report = serde_json::json!({
-            "schema": "pagefold.unseal/1",
-            "roots": roots,
-            "errors": errors,
-            "store_removed": removed.is_some(),
-        });
-        serde_json::to_writer_pretty(&mut out, &report)?;
-        writeln!(out)?;
-        return Ok(());
+        let mut report = results.json("pagefold.unseal/1", report_json);
+        report["store_removed"] = removed.is_some().into();
+        return write_json(&report);
     }
-    for (row, result) in results {
-        match result {
-            Ok(report) => write_one(&mut out, row, report)?,
-            Err(error) => eprintln!("pagefold: {}: {error}", row.name),
-        }
-    }
+    let mut out = std::io::stdout().lock();
+    results.tell(|row, report| write_one(&mut out, row, report))?;
     if let Some(gone) = removed {
         writeln!(
             out,
@@ -166,7 +132,7 @@ fn write(
     Ok(out.flush()?)
 }
 
-fn write_one(out: &mut impl Write, row: &RootRow, report: &UnsealReport) -> anyhow::Result<()> {
+fn write_one(out: &mut impl Write, row: &RootRow, report: &UnsealReport) -> std::io::Result<()> {
     if let Some(applied) = &report.applied {
         writeln!(out, "{}: committed: {}", row.name, cmd_commit::summary(applied))?;
         cmd_commit::tell(applied);
@@ -202,19 +168,13 @@ fn report_json(report: &UnsealReport) -> serde_json::Value {
 /// Runs `pagefold uninstall --check`.
 pub fn run_uninstall(args: &UninstallArgs) -> anyhow::Result<Exit> {
     let found = remains::look(&args.stores);
-    let mut out = std::io::stdout().lock();
-    match args.format {
-        Format::Json => {
-            let report = serde_json::json!({ "schema": "pagefold.uninstall/1", "remains": found });
-            serde_json::to_writer_pretty(&mut out, &report)?;
-            writeln!(out)?;
-        }
-        Format::Table => found.iter().try_for_each(|remain| writeln!(out, "{}", remain_line(remain)))?,
-    }
-    if found.is_empty() && args.format == Format::Table {
-        writeln!(out, "nothing on this host depends on pagefold")?;
-    }
-    out.flush()?;
+    args.format.write(
+        || serde_json::json!({ "schema": "pagefold.uninstall/1", "remains": found }),
+        || match found.is_empty() {
+            true => "nothing on this host depends on pagefold\n".to_owned(),
+            false => found.iter().map(|remain| remain_line(remain) + "\n").collect(),
+        },
+    )?;
     Ok(if found.is_empty() { Exit::Done } else { Exit::Partial })
 }
 

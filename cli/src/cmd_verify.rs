@@ -2,8 +2,6 @@
 //!
 //! What it deliberately does not hold: what is checked (`pagefold_fsadapters::store` does).
 
-use std::io::Write;
-
 use clap::Args;
 use pagefold_fsadapters::scan::path_text;
 use pagefold_fsadapters::store::{OpenMode, Store, VerifyReport};
@@ -36,15 +34,7 @@ pub fn run(args: &VerifyArgs) -> anyhow::Result<Exit> {
         store.verify_places(task, &mut report)?;
         Ok::<_, pagefold_fsadapters::store::StoreError>(report)
     })?;
-    let mut out = std::io::stdout().lock();
-    match args.format {
-        Format::Json => {
-            serde_json::to_writer_pretty(&mut out, &json(&store, &report))?;
-            writeln!(out)?;
-        }
-        Format::Table => out.write_all(text(&report).as_bytes())?,
-    }
-    out.flush()?;
+    args.format.write(|| json(&store, &report), || text(&report))?;
     Ok(if report.interrupted || report.problem_count > 0 { Exit::Partial } else { Exit::Done })
 }
 

@@ -25,3 +25,20 @@ impl From<Exit> for ExitCode {
         })
     }
 }
+
+/// A command that came to no report: why, and how it ends. For what is no plain error ([`Exit::Error`]).
+#[derive(Debug)]
+pub struct Ended {
+    /// The exit code.
+    pub exit: Exit,
+    /// A sentence for each thing there is to say.
+    pub why: Vec<String>,
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.why.join("; "))
+    }
+}
+
+impl std::error::Error for Ended {}

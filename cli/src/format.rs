@@ -1,6 +1,10 @@
-//! The forms of a report.
+//! The forms of a report, and its way to standard output.
+
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::ValueEnum;
+use serde::Serialize;
 
 /// How a report is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -9,4 +13,49 @@ pub enum Format {
     Table,
     /// For programs: a named, versioned schema.
     Json,
+}
+
+/// Whether this process has begun a report: a second object behind it would make it no JSON.
+static BEGUN: AtomicBool = AtomicBool::new(false);
+
+impl Format {
+    /// Writes a report in this form: the one value, or the text.
+    ///
+    /// # Errors
+    /// Standard output can't be written.
+    pub fn write<J: Serialize>(
+        self,
+        json: impl FnOnce() -> J,
+        text: impl FnOnce() -> String,
+    ) -> anyhow::Result<()> {
+        match self {
+            Format::Json => write_json(&json()),
+            Format::Table => {
+                let mut out = io::stdout().lock();
+                out.write_all(text().as_bytes())?;
+                Ok(out.flush()?)
+            }
+        }
+    }
+}
+
+/// Writes a report as JSON.
+///
+/// # Errors
+/// Standard output can't be written.
+pub fn write_json(report: &impl Serialize) -> anyhow::Result<()> {
+    BEGUN.store(true, Ordering::Relaxed);
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    serde_json::to_writer_pretty(&mut out, report)?;
+    writeln!(out)?;
+    Ok(out.flush()?)
+}
+
+/// A command that came to no report says so in the form that was asked for: whoever reads JSON gets an object with `error`.
+pub fn write_failure(command: &str, error: &str) {
+    if !BEGUN.load(Ordering::Relaxed) {
+        let schema = format!("pagefold.{command}/1");
+        // Standard output may be what failed; the message is on stderr.
+        let _ = write_json(&serde_json::json!({ "schema": schema, "error": error }));
+    }
 }

@@ -24,6 +24,7 @@ mod format;
 mod human;
 mod interrupt;
 mod mount_helper;
+mod per_root;
 mod progress_bar;
 mod scan_args;
 mod scan_table;
@@ -31,14 +32,15 @@ mod store_arg;
 mod task_bar;
 
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use pagefold_fsadapters::os::Os;
 use pagefold_fsadapters::scan::{Progress, RootReport, ScanReport, scan};
 
 use args::{Cli, Command};
+use exit::Ended;
 pub use exit::Exit;
 use format::Format;
 
@@ -56,8 +58,10 @@ pub fn run_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             }
         };
     }
-    let cli = match Cli::try_parse_from(args) {
-        Ok(cli) => cli,
+    let parsed = Cli::command().try_get_matches_from(args);
+    let parsed = parsed.and_then(|matches| Ok((json_of(&matches), Cli::from_arg_matches(&matches)?)));
+    let (json, cli) = match parsed {
+        Ok(parsed) => parsed,
         Err(error) => {
             // --help and --version come this way too, and are no error.
             let exit = if error.use_stderr() { Exit::Error } else { Exit::Done };
@@ -70,10 +74,27 @@ pub fn run_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(exit) => exit.into(),
         Err(error) if is_broken_pipe(&error) => Exit::Done.into(),
         Err(error) => {
-            eprintln!("pagefold: {error:#}");
-            Exit::Error.into()
+            let ended = error.downcast_ref::<Ended>();
+            match ended {
+                Some(ended) => ended.why.iter().for_each(|why| eprintln!("pagefold: {why}")),
+                None => eprintln!("pagefold: {error:#}"),
+            }
+            if let Some(command) = json {
+                format::write_failure(&command, &format!("{error:#}"));
+            }
+            ended.map_or(Exit::Error, |ended| ended.exit).into()
         }
     }
+}
+
+/// The command's name in schemas, if its report was asked for as JSON.
+fn json_of(matches: &ArgMatches) -> Option<String> {
+    let (name, inner) = matches.subcommand()?;
+    if let Some(deeper) = json_of(inner) {
+        return Some(format!("{name}-{deeper}"));
+    }
+    let format = inner.try_get_one::<Format>("format").ok().flatten();
+    (format == Some(&Format::Json)).then(|| name.to_owned())
 }
 
 fn run(cli: Cli) -> anyhow::Result<Exit> {
@@ -117,21 +138,8 @@ fn run_scan(args: &scan_args::ScanArgs) -> anyhow::Result<Exit> {
         }
         return Ok(exit);
     }
-    write_report(&report, args.format)?;
+    args.format.write(|| &report, || scan_table::render(&report))?;
     Ok(exit)
-}
-
-fn write_report(report: &ScanReport, format: Format) -> anyhow::Result<()> {
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    match format {
-        Format::Json => {
-            serde_json::to_writer_pretty(&mut out, report)?;
-            writeln!(out)?;
-        }
-        Format::Table => out.write_all(scan_table::render(report).as_bytes())?,
-    }
-    out.flush()?;
-    Ok(())
 }
 
 /// 2 when no root could be scanned at all; 1 when something is missing from the figures.

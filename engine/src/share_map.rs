@@ -117,12 +117,6 @@ impl ShareMap {
         &self.layouts[id.0 as usize]
     }
 
-    /// How many distinct layouts there are.
-    #[must_use]
-    pub fn layout_count(&self) -> usize {
-        self.layouts.len()
-    }
-
     /// The domain of `root`.
     #[must_use]
     pub fn domain_of(&self, root: RootId) -> DomainId {

@@ -4,10 +4,10 @@
 //! file system (design section 5, rule 1). Two mounted file systems never get one (UUID, instance), even if they are copies
 //! of one image. What it deliberately does not do: look at files, except for [`device_class`].
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use pagefold_engine::identity::DeviceClass;
-use pagefold_sys::{cache, identity, is_unsupported};
+use pagefold_sys::identity;
 
 use crate::mountinfo;
 use crate::overlay::OverlayFs;
@@ -101,12 +101,6 @@ pub fn device_class(file: BorrowedFd<'_>, has_realtime: bool) -> Option<DeviceCl
     }
 }
 
-/// Whether `cachestat` works on this kernel at all (6.5+, not forbidden by seccomp), asked on `file`.
-#[must_use]
-pub fn has_cachestat(file: impl AsFd) -> bool {
-    !cache::cachestat(file.as_fd(), 0, 1).is_err_and(|e| is_unsupported(&e))
-}
-
 fn kind_of(dir: BorrowedFd<'_>, magic: u32) -> String {
     match magic {
         XFS => return "xfs".into(),
@@ -177,6 +171,8 @@ pub(crate) fn digest(parts: &[&[u8]]) -> [u8; 16] {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     #[test]

@@ -59,11 +59,7 @@ fn privileged_a_view_shows_what_its_root_shows() {
 fn privileged_what_one_view_has_read_costs_the_next_nothing() {
     for fs in BOTH {
         let mut home = Home::new(fs);
-        plain_root(&home.at("a"));
-        clone_tree(&home.at("a"), &home.at("b"));
-        settle(&home.at("b"));
-        let store = home.store();
-        let rows = home.seal(&store, &["a", "b"]);
+        let (store, rows) = home.sealed(&["a", "b"]);
         assert_eq!(rows[0].layers, rows[1].layers, "equal roots have one image");
         let anchors = files(&home.at(".pagefold/anchors"));
         assert_eq!(anchors.len(), 4);
@@ -96,11 +92,7 @@ fn privileged_what_one_view_has_read_costs_the_next_nothing() {
 fn privileged_a_write_breaks_its_file_and_no_other() {
     for fs in BOTH {
         let mut home = Home::new(fs);
-        plain_root(&home.at("a"));
-        clone_tree(&home.at("a"), &home.at("b"));
-        settle(&home.at("b"));
-        let store = home.store();
-        let rows = home.seal(&store, &["a", "b"]);
+        let (store, rows) = home.sealed(&["a", "b"]);
         let raw = take(&home.at("a"));
         let (a, b) = (home.mount(&store, &rows[0], "va"), home.mount(&store, &rows[1], "vb"));
         File::options().write(true).open(a.join("f")).unwrap().write_all_at(b"changed", 4096).unwrap();
@@ -171,9 +163,7 @@ fn privileged_the_first_write_to_a_large_file_copies_no_data() {
 fn privileged_in_place_the_view_hides_the_root_and_the_root_can_be_opened() {
     for fs in BOTH {
         let mut home = Home::new(fs);
-        plain_root(&home.at("a"));
-        let store = home.store();
-        let rows = home.seal(&store, &["a"]);
+        let (store, rows) = home.sealed(&["a"]);
         let before = take(&home.at("a"));
         let view = home.mount(&store, &rows[0], "a");
         assert_eq!(view, home.at("a"));
@@ -197,9 +187,7 @@ fn privileged_in_place_the_view_hides_the_root_and_the_root_can_be_opened() {
 #[test]
 fn privileged_a_root_that_is_a_mount_of_its_own_can_be_opened_below_its_view() {
     let mut home = Home::new(RigFs::Xfs);
-    plain_root(&home.at("real"));
-    fs::create_dir(home.at("a")).unwrap();
-    rustix::mount::mount_bind(home.at("real"), home.at("a")).unwrap();
+    home.bound_root();
     let store = home.store();
     let rows = home.seal(&store, &["a"]);
     let view = home.mount(&store, &rows[0], "a");
@@ -313,10 +301,8 @@ fn privileged_a_mapped_view_belongs_to_its_container() {
 fn privileged_older_ways_of_handing_layers_over_mount_the_same() {
     use pagefold_fsadapters::sealed::assemble::Handover;
     let mut home = Home::new(RigFs::Xfs);
-    plain_root(&home.at("a"));
+    let (store, rows) = home.sealed(&["a"]);
     let before = take(&home.at("a"));
-    let store = home.store();
-    let rows = home.seal(&store, &["a"]);
     for (handover, id_map) in [
         (Handover::Options, None),
         (Handover::List, None),

@@ -47,9 +47,7 @@ fn mountinfo() -> String {
 #[test]
 fn privileged_a_damaged_image_never_reaches_the_kernel() {
     let mut home = Home::new(RigFs::Xfs);
-    plain_root(&home.at("a"));
-    let store = home.store();
-    let rows = home.seal(&store, &["a"]);
+    let (store, rows) = home.sealed(&["a"]);
     let image = store.image_path(&rows[0].layers[0]);
     let good = fs::read(&image).unwrap();
     for at in [1100, good.len() / 2, good.len() - 1] {
@@ -145,9 +143,7 @@ fn privileged_an_upper_of_another_image_is_refused() {
 fn privileged_a_used_root_is_refused_by_the_process_s_number() {
     for fs in BOTH {
         let mut home = Home::alone(fs);
-        plain_root(&home.at("a"));
-        let store = home.store();
-        let rows = home.seal(&store, &["a"]);
+        let (store, rows) = home.sealed(&["a"]);
         let refused = |home: &mut Home, child: &Guard| {
             let error = home.try_mount(&store, &rows[0], "view", &MountOptions::default()).unwrap_err();
             let ViewError::InUse { users, .. } = &error else { panic!("{error}") };
@@ -177,9 +173,7 @@ fn privileged_a_used_root_is_refused_by_the_process_s_number() {
 fn privileged_a_busy_view_names_who_holds_it_and_a_hidden_one_is_live() {
     for fs in BOTH {
         let mut home = Home::alone(fs);
-        plain_root(&home.at("a"));
-        let store = home.store();
-        let rows = home.seal(&store, &["a"]);
+        let (store, rows) = home.sealed(&["a"]);
         let view = home.mount(&store, &rows[0], "view");
         let child = sleeper(&view.join("dir"));
         let error = home.try_umount(&store, &view).unwrap_err();
@@ -283,9 +277,7 @@ fn privileged_a_view_has_the_flags_of_its_root_s_mount() {
 #[test]
 fn privileged_the_flags_are_those_of_the_mount_that_the_root_is_named_by() {
     let mut home = Home::new(RigFs::Xfs);
-    plain_root(&home.at("real"));
-    fs::create_dir(home.at("a")).unwrap();
-    rustix::mount::mount_bind(home.at("real"), home.at("a")).unwrap();
+    home.bound_root();
     let flags = MountFlags::RDONLY | MountFlags::NOEXEC | MountFlags::BIND;
     rustix::mount::mount_remount(home.at("a"), flags, c"").unwrap();
     let store = home.store();
@@ -307,9 +299,7 @@ fn privileged_the_flags_are_those_of_the_mount_that_the_root_is_named_by() {
 #[test]
 fn privileged_read_only_is_read_only() {
     let mut home = Home::new(RigFs::Xfs);
-    plain_root(&home.at("a"));
-    let store = home.store();
-    let rows = home.seal(&store, &["a"]);
+    let (store, rows) = home.sealed(&["a"]);
     let options = MountOptions { read_only: true, ..MountOptions::default() };
     let view = home.try_mount(&store, &rows[0], "view", &options).unwrap().target;
     let error = fs::write(view.join("f"), b"x").unwrap_err();
@@ -362,11 +352,7 @@ fn privileged_a_planted_redirect_reads_nothing() {
 fn privileged_root_in_a_view_can_not_change_or_reach_an_anchor() {
     for fs in BOTH {
         let mut home = Home::new(fs);
-        plain_root(&home.at("a"));
-        clone_tree(&home.at("a"), &home.at("b"));
-        settle(&home.at("b"));
-        let store = home.store();
-        let rows = home.seal(&store, &["a", "b"]);
+        let (store, rows) = home.sealed(&["a", "b"]);
         let (a, b) = (home.mount(&store, &rows[0], "va"), home.mount(&store, &rows[1], "vb"));
         let anchors = files(&store.dir().join("anchors"));
         let hashes = || anchors.iter().map(|f| blake3::hash(&fs::read(f).unwrap())).collect::<Vec<_>>();

@@ -8,11 +8,5 @@ fn main() -> ExitCode {
     if args.get(1).is_some_and(|a| a == pagefold_benches::measured::VERB) {
         return pagefold_benches::measured::measure_main(&args[2..]);
     }
-    match pagefold_benches::scan_vs::run_from(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("scan_vs: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    pagefold_benches::end("scan_vs", pagefold_benches::scan_vs::run_from(args))
 }

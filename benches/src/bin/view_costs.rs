@@ -4,11 +4,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match pagefold_benches::view_costs::run_from(std::env::args_os().collect()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("view_costs: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    pagefold_benches::end("view_costs", pagefold_benches::view_costs::run_from(std::env::args_os().collect()))
 }

@@ -49,15 +49,7 @@ impl Report {
         target: f64,
         raw: Vec<f64>,
     ) {
-        self.push(Row {
-            fs,
-            what: what.into(),
-            value: value.0,
-            unit: value.1,
-            target: Some(target),
-            at_least: false,
-            raw,
-        });
+        self.push(fs, what, value, Some((target, false)), raw);
     }
 
     /// Adds a figure that must be at least `target`.
@@ -69,33 +61,27 @@ impl Report {
         target: f64,
         raw: Vec<f64>,
     ) {
-        self.push(Row {
-            fs,
-            what: what.into(),
-            value: value.0,
-            unit: value.1,
-            target: Some(target),
-            at_least: true,
-            raw,
-        });
+        self.push(fs, what, value, Some((target, true)), raw);
     }
 
     /// Adds a figure for comparison.
     pub fn note(&mut self, fs: &'static str, what: &str, value: (f64, &'static str), raw: Vec<f64>) {
-        self.push(Row {
-            fs,
-            what: what.into(),
-            value: value.0,
-            unit: value.1,
-            target: None,
-            at_least: false,
-            raw,
-        });
+        self.push(fs, what, value, None, raw);
     }
 
-    fn push(&mut self, row: Row) {
-        super::say(format_args!("{} {}: {:.4} {}", row.fs, row.what, row.value, row.unit));
-        self.rows.push(row);
+    /// `target`: and whether it is the least that will do.
+    fn push(
+        &mut self,
+        fs: &'static str,
+        what: &str,
+        (value, unit): (f64, &'static str),
+        target: Option<(f64, bool)>,
+        raw: Vec<f64>,
+    ) {
+        super::say(format_args!("{fs} {what}: {value:.4} {unit}"));
+        let at_least = target.is_some_and(|(_, least)| least);
+        let target = target.map(|(target, _)| target);
+        self.rows.push(Row { fs, what: what.into(), value, unit, target, at_least, raw });
     }
 
     /// For people.

@@ -159,26 +159,12 @@ impl<'a, S: FileSource> Worker<'a, S> {
     }
 
     fn run(mut self) -> (FileTable, Notes) {
-        /// A worker that panics must not leave the others waiting for it.
-        struct EndAll<'t, T>(&'t TaskStack<T>);
-        impl<T> Drop for EndAll<'_, T> {
-            fn drop(&mut self) {
-                if std::thread::panicking() {
-                    self.0.clear();
-                    self.0.finish(&mut Vec::new());
-                }
-            }
-        }
         let shared = self.shared;
-        let _end = EndAll(&shared.tasks);
-        while let Some(task) = shared.tasks.take() {
-            if shared.progress.is_cancelled() {
-                shared.tasks.clear();
-            } else {
-                self.task(task);
-            }
-            shared.tasks.finish(&mut self.more);
-        }
+        let cancelled = || shared.progress.is_cancelled();
+        shared.tasks.work(cancelled, |task, more| {
+            self.task(task);
+            more.append(&mut self.more);
+        });
         (self.files, self.notes)
     }
 

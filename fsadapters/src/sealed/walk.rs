@@ -191,23 +191,6 @@ pub fn walk<L: FileLook>(
     gathered.into_sketches()
 }
 
-/// Walks one root for its names and metadata alone: every file's data is told as empty.
-///
-/// # Errors
-/// [`WalkError`].
-pub fn walk_tree(root: WalkRoot, threads: usize, progress: &Progress) -> Result<Sketch<()>, WalkError> {
-    struct Nothing;
-    impl FileLook for Nothing {
-        type Found = ();
-        type Scratch = ();
-        fn look(&self, file: FileAt<'_>, (): &mut ()) -> Result<(Stat, ()), WalkError> {
-            Ok((*file.stat, ()))
-        }
-    }
-    let mut all = walk(&[root], &Nothing, threads, progress);
-    all.pop().unwrap_or(Err(WalkError::Cancelled))
-}
-
 /// What the threads have in common.
 struct Shared<'a, L> {
     roots: &'a [WalkRoot],

@@ -66,12 +66,6 @@ impl Device {
         self.blocks.len() as u64
     }
 
-    /// Compressed extents in use.
-    #[must_use]
-    pub fn encoded_extents(&self) -> u64 {
-        self.encoded.len() as u64
-    }
-
     /// Whether `count` more blocks fit. Asked when space is reserved; writeback of what was reserved never fails.
     ///
     /// # Errors
@@ -222,14 +216,5 @@ impl Device {
             extent.home.iter_mut().for_each(|b| *b = moved[b]);
         }
         moved
-    }
-
-    /// Sum of all references to plain blocks and to slices; compared with what the files hold by the checker.
-    #[must_use]
-    pub fn total_refs(&self) -> (u64, u64) {
-        let homes: u64 = self.encoded.values().map(|e| e.home.len() as u64).sum();
-        let plain: u64 = self.blocks.values().map(|b| u64::from(b.refs)).sum();
-        let slices = self.encoded.values().flat_map(|e| e.refs.iter()).map(|r| u64::from(*r)).sum();
-        (plain - homes, slices)
     }
 }

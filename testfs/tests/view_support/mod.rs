@@ -76,6 +76,25 @@ impl Home {
             .collect()
     }
 
+    /// Makes a small root of ordinary files for each name, the further ones clones of the first, and seals them.
+    pub fn sealed(&self, names: &[&str]) -> (Store, Vec<RootRow>) {
+        plain_root(&self.at(names[0]));
+        for name in &names[1..] {
+            clone_tree(&self.at(names[0]), &self.at(name));
+        }
+        settle(&self.at(names[0]));
+        let store = self.store();
+        let rows = self.seal(&store, names);
+        (store, rows)
+    }
+
+    /// A root that is a mount of its own: `a`, which is `real` bound to another place.
+    pub fn bound_root(&self) {
+        plain_root(&self.at("real"));
+        fs::create_dir(self.at("a")).unwrap();
+        rustix::mount::mount_bind(self.at("real"), self.at("a")).unwrap();
+    }
+
     /// Mounts at a directory of this name, which is made.
     pub fn mount(&mut self, store: &Store, row: &RootRow, name: &str) -> PathBuf {
         self.try_mount(store, row, name, &MountOptions::default()).unwrap().target

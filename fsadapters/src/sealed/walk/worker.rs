@@ -61,26 +61,12 @@ impl<'a, L: FileLook> Worker<'a, L> {
     }
 
     pub fn run(mut self) -> Haul<L::Found> {
-        /// A worker that panics must not leave the others waiting for it.
-        struct EndAll<'t>(&'t crate::scan::queue::TaskStack<Task>);
-        impl Drop for EndAll<'_> {
-            fn drop(&mut self) {
-                if std::thread::panicking() {
-                    self.0.clear();
-                    self.0.finish(&mut Vec::new());
-                }
-            }
-        }
         let shared = self.shared;
-        let _end = EndAll(&shared.tasks);
-        while let Some(task) = shared.tasks.take() {
-            if shared.progress.is_cancelled() {
-                shared.tasks.clear();
-            } else {
-                self.task(task);
-            }
-            shared.tasks.finish(&mut self.more);
-        }
+        let cancelled = || shared.progress.is_cancelled();
+        shared.tasks.work(cancelled, |task, more| {
+            self.task(task);
+            more.append(&mut self.more);
+        });
         self.haul
     }
 
