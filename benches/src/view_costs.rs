@@ -1,6 +1,7 @@
 //! The program `view_costs`: what sealing, mounting and living in a view cost, each figure beside its target and, where there is
 //! one, beside what it is compared with, measured in the same run.
 
+mod mapped;
 mod memory;
 mod place;
 mod report;

@@ -12,6 +12,7 @@ pub mod frames;
 pub mod handle;
 pub mod identity;
 mod ioc;
+pub mod mapping;
 pub mod mount;
 pub mod probe;
 pub mod reflink;
