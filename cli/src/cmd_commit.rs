@@ -5,6 +5,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::Args;
 use pagefold_fsadapters::scan::path_text;
 use pagefold_fsadapters::sealed::commit::{Applied, OnConflict};
@@ -12,7 +13,7 @@ use pagefold_fsadapters::sealed::commit_root::{CommitOptions, CommitOutcome, Com
 use pagefold_fsadapters::store::{OpenMode, RootRow, Store};
 
 use crate::exit::Exit;
-use crate::format::{Format, write_json};
+use crate::format::{Format, UNWRITTEN, write_json};
 use crate::human;
 use crate::per_root::{PerRoot, Whole, cancellable, near, rows_of};
 use crate::store_arg::StoreArg;
@@ -75,7 +76,7 @@ pub fn run(args: &CommitArgs) -> anyhow::Result<Exit> {
     let rows = rows_of(&store, &args.roots, args.all)?;
     let options = args.how.options();
     let results = PerRoot::of(rows, |row, progress| commit_root(&store, row, options, progress));
-    write(&results, args.format)?;
+    write(&results, args.format).context(UNWRITTEN)?;
     Ok(results.exit(is_complete))
 }
 

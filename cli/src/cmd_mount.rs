@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::Args;
 use pagefold_fsadapters::mountinfo;
+use pagefold_fsadapters::scan::path_text;
 use pagefold_fsadapters::sealed::idmap::IdMaps;
 use pagefold_fsadapters::sealed::live::UpperState;
 use pagefold_fsadapters::sealed::mount::{
@@ -20,7 +21,7 @@ use pagefold_fsadapters::store::{OpenMode, RootRow, Store};
 
 use crate::cmd_prefault;
 use crate::exit::Exit;
-use crate::format::{Format, write_json};
+use crate::format::{Format, UNWRITTEN, write_json};
 use crate::human;
 use crate::per_root::errors_json;
 use crate::store_arg::StoreArg;
@@ -109,7 +110,7 @@ pub fn run(args: &MountArgs) -> anyhow::Result<Exit> {
         roots.extend(mounted.map(|((row, _), _)| row.clone()));
         results.extend(requests.into_iter().map(|(row, _)| row.name).zip(done));
     }
-    write_mounted(&results, args.format)?;
+    write_mounted(&results, args.format).context(UNWRITTEN)?;
     if let Some(group) = args.charge.as_ref().filter(|_| !roots.is_empty()) {
         cmd_prefault::charge(&store, roots, group);
     }
@@ -214,7 +215,7 @@ fn mounted_json(view: &Mounted) -> serde_json::Value {
     serde_json::json!({
         "root": view.root.0,
         "name": view.name,
-        "target": view.target.to_string_lossy(),
+        "target": path_text(&view.target),
         "warnings": view.warnings,
     })
 }
@@ -230,14 +231,14 @@ pub fn run_umount(args: &UmountArgs) -> anyhow::Result<Exit> {
                 (exit, unmounted_json(&done, extra))
             }
             Err(error) => {
-                let text = format!("{error:#}");
-                (Exit::Error, serde_json::json!({ "target": target.to_string_lossy(), "error": text }))
+                let text = crate::told(&error);
+                (Exit::Error, serde_json::json!({ "target": path_text(target), "error": text }))
             }
         };
         exits.push(exit);
         reports.push(report);
     }
-    write_unmounted(&reports, args.format)?;
+    write_unmounted(&reports, args.format).context(UNWRITTEN)?;
     Ok(match (exits.contains(&Exit::Error), exits.iter().all(|e| *e == Exit::Error)) {
         (true, true) => Exit::Error,
         (true, false) => Exit::Partial,
@@ -292,7 +293,7 @@ fn unmounted_json(done: &Unmounted, extra: Extra) -> serde_json::Value {
         Err(error) => (None, Some(error)),
     };
     serde_json::json!({
-        "target": done.target.to_string_lossy(),
+        "target": path_text(&done.target),
         "root": done.root.map(|r| r.0),
         "was_mounted": done.was_mounted,
         "live": done.state == Some(UpperState::Live),

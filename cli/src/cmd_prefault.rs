@@ -75,7 +75,7 @@ pub fn charge(store: &Store, roots: Vec<RootRow>, group: &str) {
     let config = PrefaultConfig { roots, group: group.to_owned(), ..PrefaultConfig::new() };
     match watched(store, &config) {
         Ok(report) => eprint!("pagefold: {}", render(&report)),
-        Err(error) => eprintln!("pagefold: nothing was read beforehand: {error:#}"),
+        Err(error) => eprintln!("pagefold: nothing was read beforehand: {}", crate::told(&error)),
     }
 }
 

@@ -9,7 +9,8 @@ use clap::Args;
 use pagefold_fsadapters::scan::Progress;
 use pagefold_fsadapters::sealed::report::{Outcome, RootSeal, SealReport};
 use pagefold_fsadapters::sealed::seal::{SealConfig, seal, unsupported};
-use pagefold_fsadapters::store::{OpenMode, Store};
+use pagefold_fsadapters::sealed::unseal::remove_store;
+use pagefold_fsadapters::store::{OpenMode, Store, Task};
 
 use crate::exit::{Ended, Exit};
 use crate::format::Format;
@@ -84,6 +85,7 @@ pub fn run(args: &SealArgs) -> anyhow::Result<Exit> {
     }
     let (dir, config) = args.resolve()?;
     raise_open_files();
+    let fresh = !dir.exists();
     let store = Store::open(&dir, OpenMode::Create, "seal")?;
     let progress = Progress::default();
     let report = std::thread::scope(|scope| {
@@ -91,7 +93,15 @@ pub fn run(args: &SealArgs) -> anyhow::Result<Exit> {
         let _interrupt = interrupt::on_interrupt(scope, move || progress.cancel());
         let _bar = progress_bar::show(scope, progress);
         seal(&store, &config, progress)
-    })?;
+    });
+    // A store that nothing is in would only be found later, within a root perhaps.
+    if fresh && store.roots().is_ok_and(|roots| roots.is_empty()) {
+        let dir = store.dir().to_owned();
+        if let Err(error) = remove_store(store, &Task::default()) {
+            eprintln!("pagefold: {}: the empty store is still there: {error}", human::path(&dir));
+        }
+    }
+    let report = report?;
     args.format.write(|| &report, || table(&report))?;
     if args.format == Format::Table {
         for error in &report.errors {

@@ -29,14 +29,16 @@ pub struct ManArgs {
 pub fn completions(args: &CompletionsArgs) -> anyhow::Result<Exit> {
     let mut text = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "pagefold", &mut text);
-    std::io::stdout().lock().write_all(&text)?;
+    std::io::stdout().lock().write_all(&text).context(crate::format::UNWRITTEN)?;
     Ok(Exit::Done)
 }
 
 pub fn man(args: &ManArgs) -> anyhow::Result<Exit> {
     let command = Cli::command();
     match &args.dir {
-        None => clap_mangen::Man::new(command).render(&mut std::io::stdout().lock())?,
+        None => clap_mangen::Man::new(command)
+            .render(&mut std::io::stdout().lock())
+            .context(crate::format::UNWRITTEN)?,
         Some(dir) => {
             std::fs::create_dir_all(dir).with_context(|| format!("can't create {}", dir.display()))?;
             clap_mangen::generate_to(command, dir)

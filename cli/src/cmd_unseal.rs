@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::Args;
 use pagefold_fsadapters::scan::path_text;
 use pagefold_fsadapters::sealed::remains::{self, Remain};
@@ -14,7 +14,7 @@ use pagefold_fsadapters::store::{GcReport, OpenMode, RootRow, Store, StoreError,
 
 use crate::cmd_commit::{self, HowArgs, applied_json};
 use crate::exit::Exit;
-use crate::format::{Format, write_json};
+use crate::format::{Format, UNWRITTEN, write_json};
 use crate::per_root::{PerRoot, Whole, near, rows_of};
 use crate::store_arg::StoreArg;
 use crate::{cmd_export, human, task_bar};
@@ -78,14 +78,14 @@ pub fn run(args: &UnsealArgs) -> anyhow::Result<Exit> {
         // What an earlier `unseal --all` did not come to remove.
         Err(StoreError::Absent(path)) if args.all && path.is_dir() => {
             remove_unfinished(&path)?;
-            write(&PerRoot::none(), Some(&GcReport::default()), args.format)?;
+            write(&PerRoot::none(), Some(&GcReport::default()), args.format).context(UNWRITTEN)?;
             return Ok(Exit::Done);
         }
         other => other?,
     };
     let rows = rows_of(&store, &args.roots, args.all)?;
     if let Some(dir) = args.export.as_ref().filter(|_| rows.len() > 1) {
-        std::fs::create_dir_all(dir)?;
+        std::fs::create_dir_all(dir).with_context(|| format!("create {}", human::path(dir)))?;
     }
     let several = rows.len() > 1;
     let results =
@@ -96,7 +96,7 @@ pub fn run(args: &UnsealArgs) -> anyhow::Result<Exit> {
         false => None,
     };
     let gone = removed.transpose();
-    write(&results, gone.as_ref().ok().and_then(Option::as_ref), args.format)?;
+    write(&results, gone.as_ref().ok().and_then(Option::as_ref), args.format).context(UNWRITTEN)?;
     if let Err(error) = gone {
         bail!("all roots are unsealed, but the store is still there: {error}");
     }

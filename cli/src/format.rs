@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use anyhow::Context;
 use clap::ValueEnum;
 use serde::Serialize;
 
@@ -14,6 +15,9 @@ pub enum Format {
     /// For programs: a named, versioned schema.
     Json,
 }
+
+/// What is said when a report can't be written: what the command was for is done.
+pub const UNWRITTEN: &str = "the report could not be written to standard output";
 
 /// Whether this process has begun a report: a second object behind it would make it no JSON.
 static BEGUN: AtomicBool = AtomicBool::new(false);
@@ -32,8 +36,7 @@ impl Format {
             Format::Json => write_json(&json()),
             Format::Table => {
                 let mut out = io::stdout().lock();
-                out.write_all(text().as_bytes())?;
-                Ok(out.flush()?)
+                out.write_all(text().as_bytes()).and_then(|()| out.flush()).context(UNWRITTEN)
             }
         }
     }
@@ -44,11 +47,12 @@ impl Format {
 /// # Errors
 /// Standard output can't be written.
 pub fn write_json(report: &impl Serialize) -> anyhow::Result<()> {
+    // Whole, or nothing of it.
+    let mut text = serde_json::to_vec_pretty(report)?;
+    text.push(b'\n');
     BEGUN.store(true, Ordering::Relaxed);
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    serde_json::to_writer_pretty(&mut out, report)?;
-    writeln!(out)?;
-    Ok(out.flush()?)
+    let mut out = io::stdout().lock();
+    out.write_all(&text).and_then(|()| out.flush()).context(UNWRITTEN)
 }
 
 /// A command that came to no report says so in the form that was asked for: whoever reads JSON gets an object with `error`.

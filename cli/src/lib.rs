@@ -58,6 +58,7 @@ pub fn run_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             }
         };
     }
+    let wanted = json_wanted(&args);
     let parsed = Cli::command().try_get_matches_from(args);
     let parsed = parsed.and_then(|matches| Ok((json_of(&matches), Cli::from_arg_matches(&matches)?)));
     let (json, cli) = match parsed {
@@ -66,6 +67,10 @@ pub fn run_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             // --help and --version come this way too, and are no error.
             let exit = if error.use_stderr() { Exit::Error } else { Exit::Done };
             let _ = error.print();
+            if let Some(command) = wanted.filter(|_| exit == Exit::Error) {
+                let text = error.to_string();
+                format::write_failure(&command, text.lines().next().unwrap_or_default());
+            }
             return exit.into();
         }
     };
@@ -77,14 +82,43 @@ pub fn run_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             let ended = error.downcast_ref::<Ended>();
             match ended {
                 Some(ended) => ended.why.iter().for_each(|why| eprintln!("pagefold: {why}")),
-                None => eprintln!("pagefold: {error:#}"),
+                None => eprintln!("pagefold: {}", told(&error)),
             }
             if let Some(command) = json {
-                format::write_failure(&command, &format!("{error:#}"));
+                format::write_failure(&command, &told(&error));
             }
             ended.map_or(Exit::Error, |ended| ended.exit).into()
         }
     }
+}
+
+/// An error and its causes in a line. Errors of the libraries tell their cause themselves, others don't: none is told twice.
+pub(crate) fn told(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// [`json_of`] for arguments that can't be parsed, from what they seem to be.
+fn json_wanted(args: &[OsString]) -> Option<String> {
+    let asked = |pair: &[OsString]| pair[0] == "--format" && pair[1] == "json";
+    if !args.windows(2).any(asked) && !args.iter().any(|arg| arg == "--format=json") {
+        return None;
+    }
+    let mut command = Cli::command();
+    let mut names = Vec::new();
+    for arg in args.iter().skip(1) {
+        let Some(deeper) = command.find_subcommand(arg) else { break };
+        names.push(deeper.get_name().to_owned());
+        command = deeper.clone();
+    }
+    (!names.is_empty()).then(|| names.join("-"))
 }
 
 /// The command's name in schemas, if its report was asked for as JSON.

@@ -95,9 +95,9 @@ pub fn rows_of(store: &Store, roots: &[PathBuf], all: bool) -> anyhow::Result<Ve
     roots.iter().map(|root| store.find_root(root).with_context(|| human::path(root).to_string())).collect()
 }
 
-/// Where the store is: near the first root if that is a path.
+/// Where the store is: near the first root if that is a path, be it one that is gone.
 pub fn near(roots: &[PathBuf]) -> Option<&Path> {
-    roots.first().map(PathBuf::as_path).filter(|path| path.exists())
+    roots.first()?.ancestors().find(|path| path.exists())
 }
 
 /// Runs `work` with a progress that Ctrl-C cancels.

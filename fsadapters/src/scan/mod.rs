@@ -25,8 +25,8 @@ use rustc_hash::FxHashMap;
 
 pub use notes::{NOTES_MAX, Note};
 pub use progress::{Phase, Progress};
-pub(crate) use report::as_text;
 pub use report::{Failure, RootReport, SCHEMA, ScanReport, Sizes, Skipped, TopDirectory, TopFile, path_text};
+pub(crate) use report::{as_text, as_text_if_any, as_texts};
 
 use crate::source::{FileSource, FsError, ReadOptions};
 use notes::Notes;

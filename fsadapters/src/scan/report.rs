@@ -4,7 +4,7 @@
 //! nothing and claims no saving (design section 11).
 
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use pagefold_engine::savings::{Figures, RootFigures};
 use pagefold_engine::units::PageSize;
@@ -182,6 +182,17 @@ pub fn path_text(path: &Path) -> String {
 
 pub(crate) fn as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&path_text(path))
+}
+
+pub(crate) fn as_text_if_any<S: Serializer>(
+    path: &Option<PathBuf>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    path.as_deref().map(path_text).serialize(serializer)
+}
+
+pub(crate) fn as_texts<S: Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(paths.iter().map(|path| path_text(path)))
 }
 
 #[cfg(test)]

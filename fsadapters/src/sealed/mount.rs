@@ -337,6 +337,9 @@ fn has_btrfs_quota(uuid: [u8; 16]) -> bool {
 /// The target as a directory, without a view that is mounted there already.
 fn open_target(target: &Path) -> Result<(OwnedFd, PathBuf), ViewError> {
     let path = target.canonicalize().map_err(|e| match e.raw_os_error() {
+        Some(code) if Errno::from_raw_os_error(code) == Errno::NOENT => {
+            ViewError::NotADirectory(target.into())
+        }
         Some(code) => failed("find", target)(Errno::from_raw_os_error(code)),
         None => ViewError::NotADirectory(target.into()),
     })?;

@@ -18,6 +18,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use pagefold_sys::cache::{cachestat, drop_cached};
 use serde::Serialize;
 
+use crate::scan::as_text;
+
 use super::tree::{Data, Node};
 use crate::memcg::{Hierarchy, MemcgError, kib_field};
 use crate::store::manifest::{ManifestError, read_manifest};
@@ -83,6 +85,7 @@ pub struct PrefaultReport {
     /// It was interrupted.
     pub partial: bool,
     /// The group's directory.
+    #[serde(serialize_with = "as_text")]
     pub group: PathBuf,
     /// Page cache that the group is charged for now.
     pub group_charge_bytes: u64,

@@ -82,20 +82,27 @@ pub(super) fn mounts_of(upper: &Path) -> Vec<String> {
     };
     let mut found = Vec::new();
     for (pid, mounts) in namespaces(&mut BTreeSet::new()) {
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         for mount in mounts.iter().filter(|m| is_it(m)) {
-            let at = &mount.mount_point;
-            found.push(format!("at {at:?} in the mount namespace of process {pid} ({:?})", name.trim_end()));
+            found.push(format!("at {:?}{}", mount.mount_point, in_namespace_of(pid)));
         }
     }
     found
 }
 
-/// The mounts of every mount namespace that some process is in, with one process of it to name.
+/// Where to look for a mount: nothing is said of our own mount namespace.
+fn in_namespace_of(pid: u32) -> String {
+    if pid == std::process::id() {
+        return String::new();
+    }
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    format!(" in the mount namespace of process {pid} ({:?})", name.trim_end())
+}
+
+/// The mounts of every mount namespace that some process is in, with one process of it to name: this one for its own.
 fn namespaces(found: &mut BTreeSet<Remain>) -> Vec<(u32, Vec<Mount>)> {
     let mut seen: BTreeMap<PathBuf, (u32, Vec<Mount>)> = BTreeMap::new();
     let mut unknown = 0;
-    for pid in pids() {
+    for pid in std::iter::once(std::process::id()).chain(pids()) {
         let Ok(namespace) = std::fs::read_link(format!("/proc/{pid}/ns/mnt")) else {
             // Gone meanwhile, or a zombie; a living one of somebody else is not ours to read.
             unknown += u32::from(
@@ -126,7 +133,7 @@ fn pids() -> Vec<u32> {
 
 fn look_at_mount(mount: &Mount, pid: u32, found: &mut BTreeSet<Remain>, stores: &mut BTreeSet<PathBuf>) {
     let point = mount.mount_point.display();
-    let place = format!("{point} (mount namespace of process {pid})");
+    let place = format!("{point}{}", in_namespace_of(pid));
     match mount.kind.as_str() {
         "overlay" => {
             let layers = layers(&mount.fs_options);

@@ -62,7 +62,7 @@ pub enum ViewError {
     #[error("a view at {0:?} would hide the store; choose another target")]
     HidesStore(PathBuf),
     /// There is a view already.
-    #[error("a view is mounted at {0:?} already")]
+    #[error("a view is mounted at {0:?} already; unmount it first, or choose another target")]
     AlreadyView(PathBuf),
     /// The root has a view somewhere else.
     #[error("the view of {name:?} is mounted at {target:?}; unmount it first, or bind-mount it")]
@@ -73,13 +73,13 @@ pub enum ViewError {
         target: PathBuf,
     },
     /// No directory.
-    #[error("{0:?} is not a directory")]
+    #[error("{0:?} is no directory; make one to mount at")]
     NotADirectory(PathBuf),
     /// The raw root moved.
     #[error("{0:?} is not on the store's file system any more; put it back, or unseal and seal it again")]
     OtherFileSystem(PathBuf),
     /// No view.
-    #[error("no view is mounted at {0:?}")]
+    #[error("no view is mounted at {0:?}; `pagefold status` lists the mounted ones")]
     NotAView(PathBuf),
     /// Held by somebody.
     #[error(transparent)]

@@ -95,6 +95,10 @@ fn check_dir(dir: &Path, fd: &OwnedFd) -> Result<(), StoreError> {
         return Err(untrusted(dir, why, "Run as its owner (root), or name another directory (--store DIR)"));
     }
     if stat.st_mode & 0o7777 != 0o700 {
+        // Somebody's directory: what is no store is not to be made to look like one.
+        if read_format(dir, fd)?.is_none() {
+            check_unfinished(dir, fd)?;
+        }
         let why = format!(
             "its mode is {:04o}, not 0700: others can reach anchors and writes",
             stat.st_mode & 0o7777

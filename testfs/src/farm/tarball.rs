@@ -23,10 +23,18 @@ pub(super) fn build(builder: &mut ImageBuilder<'_>, archive: &Path) -> Result<()
     refuse_compressed(archive, &file)?;
     let mut unpacker = Unpacker { builder, archive, files: HashMap::new() };
     let mut tar = tar::Archive::new(BufReader::with_capacity(1 << 20, file));
-    for entry in tar.entries().map_err(|e| FarmError::io("read", archive, e))? {
-        unpacker.entry(entry.map_err(|e| FarmError::io("read", archive, e))?)?;
+    for entry in tar.entries().map_err(|e| unreadable(archive, e))? {
+        unpacker.entry(entry.map_err(|e| unreadable(archive, e))?)?;
     }
     Ok(())
+}
+
+/// The crate's own messages quote the bytes that it took for a header: no text for a terminal.
+fn unreadable(archive: &Path, error: std::io::Error) -> FarmError {
+    match error.raw_os_error() {
+        Some(_) => FarmError::io("read", archive, error),
+        None => FarmError::spec("--image", format!("{} is no tar file, or is damaged", archive.display())),
+    }
 }
 
 fn refuse_compressed(archive: &Path, file: &File) -> Result<(), FarmError> {

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::scan::{as_text, as_text_if_any};
+
 /// The schema's name.
 pub const SCHEMA: &str = "pagefold.explain/1";
 /// Sites listed by name.
@@ -47,6 +49,7 @@ pub struct ExplainReport {
     /// [`SCHEMA`].
     pub schema: &'static str,
     /// As found.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// Where that is.
     pub place: Place,
@@ -76,8 +79,10 @@ pub struct ExplainedRoot {
     /// Short name.
     pub name: String,
     /// The raw root.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// The path below it.
+    #[serde(serialize_with = "as_text")]
     pub below: PathBuf,
 }
 
@@ -87,6 +92,7 @@ pub struct ExplainedAnchor {
     /// Its key in hex.
     pub key: String,
     /// Where it is.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// Bytes.
     pub size: u64,
@@ -108,7 +114,9 @@ pub struct Site {
     /// The root's name.
     pub root: String,
     /// Below the root.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// Where its view is mounted, if it is.
+    #[serde(serialize_with = "as_text_if_any")]
     pub view: Option<PathBuf>,
 }

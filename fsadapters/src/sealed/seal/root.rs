@@ -28,6 +28,8 @@ use crate::store::{DomainRow, RootRow, SealId, Store, StoreError};
 pub(crate) enum RootError {
     #[error("can't {op}: {source}")]
     Io { op: &'static str, source: std::io::Error },
+    #[error("it is no directory: a root is a directory, give the one it is in")]
+    NotADirectory,
     #[error("the same directory is given twice: sealed once")]
     Twice,
     #[error(
@@ -244,8 +246,10 @@ impl<'a> Known<'a> {
             Some(fd) => fd,
             None => {
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                rustix::fs::open(path, flags, Mode::empty())
-                    .map_err(|e| RootError::Io { op: "open the root", source: e.into() })?
+                rustix::fs::open(path, flags, Mode::empty()).map_err(|e| match e {
+                    rustix::io::Errno::NOTDIR => RootError::NotADirectory,
+                    e => RootError::Io { op: "open the root", source: e.into() },
+                })?
             }
         };
         let stat =

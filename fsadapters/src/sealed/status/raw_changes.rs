@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{AtFlags, StatxFlags};
 use serde::Serialize;
 
+use crate::scan::as_texts;
+
 use crate::sealed::tree::{EntryId, Inode, Node, Tree};
 
 /// Paths kept as examples.
@@ -23,6 +25,7 @@ pub struct RawChanges {
     /// Files and directories that are not what was sealed: written, replaced, gone; directories with other names in them.
     pub changed: u64,
     /// Some of them, below the root.
+    #[serde(serialize_with = "as_texts")]
     pub examples: Vec<PathBuf>,
 }
 

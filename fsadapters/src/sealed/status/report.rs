@@ -13,6 +13,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::scan::{as_text, as_text_if_any};
+
 use super::raw_changes::RawChanges;
 
 /// The schema's name.
@@ -24,6 +26,7 @@ pub struct StatusReport {
     /// [`SCHEMA`].
     pub schema: &'static str,
     /// The store.
+    #[serde(serialize_with = "as_text")]
     pub store: PathBuf,
     /// Bytes.
     pub page_size: u64,
@@ -90,6 +93,7 @@ pub struct RootStatus {
     /// Short name.
     pub name: String,
     /// The raw root.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// Name of its domain.
     pub domain: String,
@@ -106,6 +110,7 @@ pub struct RootStatus {
     /// Of its anchors in the page cache now, whoever read them.
     pub resident_bytes: u64,
     /// Where its view is meant to be.
+    #[serde(serialize_with = "as_text_if_any")]
     pub target: Option<PathBuf>,
     /// Where its view is mounted.
     pub mounted: Vec<MountedAt>,
@@ -133,6 +138,7 @@ pub struct RootStatus {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MountedAt {
     /// As its mount namespace shows it.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// A process in that namespace; absent: our own.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -152,6 +158,7 @@ pub struct Payer {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct StatusError {
     /// Of what.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// Why.
     pub error: String,
