@@ -99,17 +99,21 @@ pub struct UmountArgs {
 
 /// Views that are mounted alike.
 type Batch = (MountOptions, Vec<(RootRow, PathBuf)>);
+/// What is to be mounted, and roots that have no place to be mounted at.
+type Batches = (Vec<Batch>, Vec<(String, ViewError)>);
 
 /// Runs `pagefold mount`.
 pub fn run(args: &MountArgs) -> anyhow::Result<Exit> {
     let store = open_store(args)?;
     let (mut results, mut roots) = (Vec::new(), Vec::new());
-    for (options, requests) in batches(args, &store)? {
+    let (batches, lost) = batches(args, &store)?;
+    for (options, requests) in batches {
         let done = mount_views(&store, &requests, &options);
         let mounted = requests.iter().zip(&done).filter(|(_, done)| done.is_ok());
         roots.extend(mounted.map(|((row, _), _)| row.clone()));
         results.extend(requests.into_iter().map(|(row, _)| row.name).zip(done));
     }
+    results.extend(lost.into_iter().map(|(name, error)| (name, Err(error))));
     write_mounted(&results, args.format).context(UNWRITTEN)?;
     if let Some(group) = args.charge.as_ref().filter(|_| !roots.is_empty()) {
         cmd_prefault::charge(&store, roots, group);
@@ -124,7 +128,7 @@ fn open_store(args: &MountArgs) -> anyhow::Result<Store> {
     args.store.open(near, OpenMode::Existing, "mount")
 }
 
-fn batches(args: &MountArgs, store: &Store) -> anyhow::Result<Vec<Batch>> {
+fn batches(args: &MountArgs, store: &Store) -> anyhow::Result<Batches> {
     let options = MountOptions {
         read_only: args.ro,
         id_map: args.idmap.clone(),
@@ -132,19 +136,29 @@ fn batches(args: &MountArgs, store: &Store) -> anyhow::Result<Vec<Batch>> {
         ..MountOptions::default()
     };
     if args.restore {
-        return restored(args, store);
+        return Ok((restored(args, store)?, Vec::new()));
     }
     if let (Some(root), Some(target)) = (&args.root, &args.target) {
-        return Ok(vec![(options, vec![(store.find_root(root)?, target.clone())])]);
+        return Ok((vec![(options, vec![(store.find_root(root)?, target.clone())])], Vec::new()));
     }
     let at = args.at.as_ref().context("mount --all: name the directory with --at DIR")?;
-    let mut requests = Vec::new();
+    let (mut requests, mut lost) = (Vec::new(), Vec::new());
     for row in store.roots()? {
         let target = at.join(&row.name);
-        std::fs::create_dir_all(&target).with_context(|| format!("create {}", human::path(&target)))?;
-        requests.push((row, target));
+        match make_target(&target) {
+            Ok(()) => requests.push((row, target)),
+            Err(error) => lost.push((row.name, error)),
+        }
     }
-    Ok(vec![(options, requests)])
+    Ok((vec![(options, requests)], lost))
+}
+
+fn make_target(target: &Path) -> Result<(), ViewError> {
+    std::fs::create_dir_all(target).map_err(|e| ViewError::Call {
+        op: "make the directory",
+        path: target.to_owned(),
+        errno: rustix::io::Errno::from_io_error(&e).unwrap_or(rustix::io::Errno::IO),
+    })
 }
 
 /// What the index says should be mounted and is not, with the options it had.

@@ -167,6 +167,7 @@ fn roots_table(roots: &[RootStatus]) -> String {
             bytes(root.mapped_bytes),
             wrote(root),
             match &root.raw_changes {
+                None if root.raw_covered_by.is_some() => "covered".to_owned(),
                 None => "-".to_owned(),
                 Some(changes) if changes.changed == 0 => "as sealed".to_owned(),
                 Some(changes) => format!("{} changed", count(changes.changed)),

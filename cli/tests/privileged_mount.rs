@@ -151,3 +151,23 @@ fn privileged_what_is_refused_says_so_and_leaves_nothing() {
     assert!(fs::write(place.at("view/x"), "").is_err());
     place.run(0, &["umount", "view"]);
 }
+
+#[test]
+fn privileged_mount_all_goes_on_where_one_directory_can_not_be_made() {
+    let place = Place::new();
+    fs::create_dir(place.at("views")).unwrap();
+    fs::write(place.at("views/a"), b"in the way").unwrap();
+    let output = pagefold().args(["mount", "--all", "--at", "views"]).current_dir(place.0.path()).output();
+    let output = output.unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("a: can't make the directory") && told.contains("views/a"), "{told}");
+    assert!(place.is_mounted("views/b") && !place.is_mounted("views/a"));
+    place.run(0, &["umount", "views/b"]);
+    let report = place.json(1, &["mount", "--all", "--at", "views"]);
+    assert_eq!((&report["errors"][0]["name"], &report["views"][0]["name"]), (&"a".into(), &"b".into()));
+    place.run(0, &["umount", "views/b"]);
+    fs::write(place.at("nowhere"), b"").unwrap();
+    let none = place.json(2, &["mount", "--all", "--at", "nowhere"]);
+    assert_eq!(none["errors"].as_array().map(Vec::len), Some(2), "{none}");
+}

@@ -408,3 +408,69 @@ fn privileged_prefault_keeps_to_its_limit() {
     let hot = farm.json(&["prefault", "--hot", "--cgroup", &own.name()], &[]);
     assert_eq!(number(&hot, "read_bytes"), 0, "what is hot is complete: {hot}");
 }
+
+#[test]
+fn privileged_mount_charges_pagefold_and_no_container_when_told() {
+    let farm = Farm::new(RigFs::Xfs);
+    let hierarchy = Hierarchy::open(&std::env::temp_dir()).expect("this test needs memory groups");
+    let (own, guest) = (Container::new(&hierarchy, "charge"), Container::new(&hierarchy, "guest"));
+    let before = hierarchy.own().expect("our group").path().to_owned();
+    let at = farm.rig.path().join("at");
+    let charge = format!("--charge={}", own.name());
+    let (_, code) = farm.run(&["mount", &charge, "--all", "--at"], &[&at]);
+    assert_eq!(code, 0);
+    let data = DATA * PAGE - 16 * PAGE;
+    // What one root has alone is nobody's to pay for beforehand. With it comes what the container's own programs take.
+    let alone = guest.read(&farm.view("a", "alone"), ALONE * PAGE);
+    assert!(alone >= ALONE * PAGE, "{alone}");
+    for name in ["data1", "data2"] {
+        let paid = guest.read(&farm.view("b", name), 0);
+        assert!(paid < alone + data / 4, "the container pays for what views share: {alone}, {paid}");
+    }
+    let charged = own.0.charge().expect("its charge").file;
+    assert!(charged >= 2 * data, "pagefold's group pays for both files: {charged}");
+    assert_eq!(own.0.processes().expect("there"), [] as [u32; 0]);
+    assert_eq!(hierarchy.own().expect("our group").path(), before);
+}
+
+/// Something mounted over a directory until this is dropped.
+struct Cover(PathBuf);
+
+impl Drop for Cover {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[test]
+fn privileged_status_tells_what_covers_a_raw_root_and_goes_on() {
+    use rustix::mount::{MountFlags, mount, mount_bind};
+    let farm = Farm::new(RigFs::Xfs);
+    let root = farm.raw("b", "");
+    for kind in ["tmpfs", "xfs"] {
+        match kind {
+            "tmpfs" => mount("a stranger", &root, "tmpfs", MountFlags::empty(), None).expect("root may"),
+            _ => mount_bind(farm.raw("c", ""), &root).expect("root may"),
+        }
+        let cover = Cover(root.clone());
+        let status = farm.status();
+        let rows = status["roots"].as_array().expect("rows");
+        assert_eq!(rows.len(), NAMES.len(), "{status:#}");
+        for row in rows {
+            let covered = row["raw_covered_by"].as_str();
+            if row["name"] == "b" {
+                let told = covered.unwrap_or_else(|| panic!("{kind}: nothing told: {status:#}"));
+                assert!(told.contains(kind) && told.contains("roots/b"), "{told}");
+                assert_eq!(row["raw_changes"], Value::Null);
+            } else {
+                assert_eq!((covered, &row["raw_changes"]["changed"]), (None, &0.into()), "{row:#}");
+            }
+        }
+        let warned = status["warnings"].to_string();
+        assert!(warned.contains("the raw root of b") && warned.contains("in the way"), "{warned}");
+        let (table, code) = farm.run(&["status"], &[]);
+        assert!(code == 0 && table.contains("covered"), "{code}: {table}");
+        drop(cover);
+        assert!(!farm.run(&["status"], &[]).0.contains("covered"));
+    }
+}

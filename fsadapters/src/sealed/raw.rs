@@ -87,16 +87,33 @@ fn open_first(row: &RootRow, candidates: &[(PathBuf, PathBuf)]) -> Result<OwnedF
     Err(error)
 }
 
-/// Where to look: mount points and paths below them, the likeliest first.
-fn candidates(path: &Path, mounts: &[Mount]) -> Vec<(PathBuf, PathBuf)> {
-    let is_view = |m: &Mount| m.kind == "overlay" && m.source == SOURCE;
-    let holder = mounts
+/// What is mounted over the place of the raw root and is no view: the mount that its path leads to, where that is not the one by
+/// which the store is reached. Of use once the root could not be opened.
+#[must_use]
+pub fn in_the_way<'a>(row: &RootRow, store: &Path, mounts: &'a [Mount]) -> Option<&'a Mount> {
+    let (over, own) = (holder(&row.path, mounts)?, holder(store, mounts)?);
+    let covers = over.device != own.device || over.mount_point.starts_with(&own.mount_point);
+    (over.id != own.id && covers).then_some(over)
+}
+
+fn is_view(mount: &Mount) -> bool {
+    mount.kind == "overlay" && mount.source == SOURCE
+}
+
+/// The mount that leads to `path`, views aside.
+fn holder<'a>(path: &Path, mounts: &'a [Mount]) -> Option<&'a Mount> {
+    mounts
         .iter()
         .filter(|m| !is_view(m) && path.starts_with(&m.mount_point))
         // Of several at one place the last is on top.
         .enumerate()
-        .max_by_key(|(index, m)| (m.mount_point.components().count(), *index));
-    let Some((_, holder)) = holder else { return Vec::new() };
+        .max_by_key(|(index, m)| (m.mount_point.components().count(), *index))
+        .map(|(_, mount)| mount)
+}
+
+/// Where to look: mount points and paths below them, the likeliest first.
+fn candidates(path: &Path, mounts: &[Mount]) -> Vec<(PathBuf, PathBuf)> {
+    let Some(holder) = holder(path, mounts) else { return Vec::new() };
     let below = |m: &Mount| path.strip_prefix(&m.mount_point).map(Path::to_path_buf).ok();
     let mut found: Vec<(PathBuf, PathBuf)> =
         below(holder).map(|b| (holder.mount_point.clone(), b)).into_iter().collect();

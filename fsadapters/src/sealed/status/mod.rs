@@ -18,7 +18,7 @@ use std::time::Instant;
 
 use pagefold_sys::cache::cachestat;
 
-use crate::sealed::raw::open_raw_root_among;
+use crate::sealed::raw::{in_the_way, open_raw_root_among};
 use crate::sealed::tree::Tree;
 use crate::store::manifest::read_manifest;
 use crate::store::{AnchorKey, ImageDigest, RootRow, Store};
@@ -158,7 +158,8 @@ impl Look<'_> {
         });
         let hidden = (!mounts.is_empty()).then(|| HiddenPaths::of(&written));
         let sites = self.sites.add_root(row.domain, &tree, hidden.as_ref(), self.page);
-        let raw_changes = if self.config.quick { None } else { self.raw_changes(&row, &tree, all_mounts) };
+        let (raw_changes, raw_covered_by) =
+            if self.config.quick { (None, None) } else { self.raw_changes(&row, &tree, all_mounts) };
         let status = RootStatus {
             id: row.id.0,
             name: row.name.clone(),
@@ -181,23 +182,28 @@ impl Look<'_> {
             added_bytes: written.added_bytes,
             removed: written.removed.len() as u64,
             raw_changes,
+            raw_covered_by,
         };
         Some(Looked { row, sites, mounts, written, status })
     }
 
+    /// What changed in the raw root; or what covers it.
     fn raw_changes(
         &mut self,
         row: &RootRow,
         tree: &Tree,
         mounts: &[mountinfo::Mount],
-    ) -> Option<raw_changes::RawChanges> {
-        match open_raw_root_among(row, mounts) {
-            Ok(raw) => Some(raw_changes::find(raw.as_fd(), tree, self.cancel)),
-            Err(e) => {
-                self.error(&row.path, e);
-                None
-            }
+    ) -> (Option<raw_changes::RawChanges>, Option<String>) {
+        let error = match open_raw_root_among(row, mounts) {
+            Ok(raw) => return (Some(raw_changes::find(raw.as_fd(), tree, self.cancel)), None),
+            Err(e) => e,
+        };
+        let cover = in_the_way(row, self.store.dir(), mounts);
+        let told = cover.map(|m| format!("{} ({:?}) mounted at {:?}", m.kind, m.source, m.mount_point));
+        if told.is_none() {
+            self.error(&row.path, error);
         }
+        (None, told)
     }
 
     /// Residency of every anchor, and who is charged for it.
@@ -343,6 +349,12 @@ fn warnings(root: &Looked) -> Vec<String> {
             "the raw root of {name} changed after it was sealed ({} files or directories, such as {some}): its view shows it as \
              sealed; `pagefold seal` it again",
             changes.changed,
+        ));
+    }
+    if let Some(cover) = &root.status.raw_covered_by {
+        warnings.push(format!(
+            "the raw root of {name} can't be reached, in the way is {cover}: whether it changed after it was sealed is not known, \
+             and `commit` will refuse; unmount what is in the way",
         ));
     }
     if root.status.target.is_some() && root.mounts.is_empty() {

@@ -132,6 +132,9 @@ pub struct RootStatus {
     pub removed: u64,
     /// Changes of the raw root since it was sealed; absent when not looked for or not to be had.
     pub raw_changes: Option<RawChanges>,
+    /// What is mounted over the raw root, no view of it: whether the root changed is not known then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raw_covered_by: Option<String>,
 }
 
 /// A mount of a view.
