@@ -9,7 +9,7 @@
 //! not being in the index, root directories by the file `unpublished` in them. What it deliberately does not do: clone, or look at what
 //! is cloned.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ use super::index::{BUILDING, GENERATIONS, Generation, NEXT_SERIAL};
 use super::key::{AnchorKey, ImageDigest, SealId};
 use super::open::{Store, anchor_name, domain_name, image_name, root_name};
 use super::remove::{remove_tree, unlink_immutable};
-use super::rows::{AnchorRow, DomainRow, ImageRow, RootRow};
+use super::rows::{AnchorRow, AnchorStamp, DomainRow, ImageRow, RootRow};
 use super::{place, publish};
 
 /// Anchor numbers reserved by one commit. A recovery looks for every one of them (about 2 µs each).
@@ -50,8 +50,8 @@ pub(super) struct Reservation {
 pub struct Build<'s> {
     pub(super) store: &'s Store,
     pub(super) domain: DomainRow,
-    /// Finished and not published.
-    pub(super) finished: Mutex<BTreeSet<AnchorKey>>,
+    /// Finished and not published; what they are by their times, unless they are somebody's.
+    pub(super) finished: Mutex<BTreeMap<AnchorKey, Option<AnchorStamp>>>,
     /// [`NewAnchor`]s alive.
     pub(super) open: AtomicUsize,
     pub(super) roots: Mutex<BTreeSet<(SealId, u64)>>,
@@ -153,7 +153,8 @@ impl Build<'_> {
     pub fn borrow_anchor(&self, file: impl AsFd) -> Result<(AnchorKey, u64), StoreError> {
         let ((), key, serial) =
             self.create(|name| rustix::fs::linkat(&file, c"", &self.store.fd, name, AtFlags::EMPTY_PATH))?;
-        locked(&self.finished).insert(key);
+        locked(&self.finished).insert(key, None);
+        step("store.anchor.borrowed");
         Ok((key, serial))
     }
 
@@ -297,7 +298,9 @@ impl NewAnchor<'_> {
             path: self.build.store.anchor_path(self.build.domain.id, &self.key),
             source: e.into(),
         })?;
-        locked(&self.build.finished).insert(self.key);
+        // Read after the last change of ours; one that can't be had costs `verify` a look.
+        let stamp = AnchorStamp::of(&self.file).ok();
+        locked(&self.build.finished).insert(self.key, stamp);
         self.done = true;
         step("store.anchor.finished");
         Ok(self.key)
@@ -325,7 +328,7 @@ impl Drop for Build<'_> {
     fn drop(&mut self) {
         // After a commit that may or may not have happened only the next open knows what is named.
         if !self.tried.load(Ordering::SeqCst) {
-            for key in std::mem::take(&mut *locked(&self.finished)) {
+            for key in std::mem::take(&mut *locked(&self.finished)).into_keys() {
                 let name = anchor_name(self.domain.id, &key);
                 if let Err(e) = unlink_immutable(&self.store.fd, &name) {
                     tracing::warn!("an unpublished anchor stays until the next start: {name}: {e}");

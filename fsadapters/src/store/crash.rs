@@ -27,6 +27,7 @@ pub const STEPS: &[&str] = &[
     "store.reserve",
     "store.anchor.created",
     "store.anchor.finished",
+    "store.anchor.borrowed",
     "store.image.written",
     "store.root.dir",
     "store.publish.synced",
@@ -65,12 +66,15 @@ pub const STEPS: &[&str] = &[
     "commit.done",
     "commit.sealed",
     "commit.emptied",
+    // Unseal.
     "unseal.committed",
     "unseal.removed",
     "unseal.format.gone",
     "unseal.emptied",
+    // Export.
+    "export.entry",
     "export.filled",
-    // Unseal, export.
+    "export.placed",
 ];
 
 #[derive(Debug)]

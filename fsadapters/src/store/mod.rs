@@ -52,7 +52,7 @@ pub use lock::LOCK_PATIENCE;
 pub use lookup::Lookup;
 pub use open::{OpenMode, Store};
 pub use remove::SealedGeneration;
-pub use rows::{AnchorRow, DomainRow, ImageRow, RootRow, ViewRow};
+pub use rows::{AnchorRow, AnchorStamp, DomainRow, ImageRow, RootRow, ViewRow};
 pub use task::Task;
 pub use verify::{PROBLEMS_MAX, Problem, ProblemKind, VerifyReport};
 

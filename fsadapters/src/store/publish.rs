@@ -31,13 +31,13 @@ pub(super) fn publish(build: &Build<'_>, publication: &Publication) -> Result<()
     let mut reservation = locked(&store.reservation);
     let settled = store.builds.load(Ordering::SeqCst) == 1 && build.open.load(Ordering::SeqCst) == 0 && {
         let finished = locked(&build.finished);
-        let published = publication.anchors.iter().filter(|(key, _)| finished.contains(key)).count();
+        let published = publication.anchors.iter().filter(|(key, _)| finished.contains_key(key)).count();
         published == finished.len()
     };
     let ended = if settled { std::mem::take(&mut *reservation).rows } else { Vec::new() };
     build.tried.store(true, Ordering::SeqCst);
     let result = store.index.write(|txn| {
-        put_anchors(txn, publication)?;
+        put_anchors(build, txn, publication)?;
         put_images(build, txn, publication)?;
         put_roots(txn, publication)?;
         for first in &ended {
@@ -99,11 +99,18 @@ fn check(build: &Build<'_>, publication: &Publication) -> Result<(), StoreError>
     Ok(())
 }
 
-fn put_anchors(txn: &Txn<'_>, publication: &Publication) -> Result<(), StoreError> {
+fn put_anchors(build: &Build<'_>, txn: &Txn<'_>, publication: &Publication) -> Result<(), StoreError> {
     let mut anchors = txn.table(ANCHORS)?;
     for (key, row) in &publication.anchors {
-        let old = anchors.insert(&key.0, &encode(row)[..]).map_err(|e| txn.error(e))?;
+        let made = locked(&build.finished).get(key).copied().flatten();
+        let stamped = AnchorRow { stamp: made.or(row.stamp), ..row.clone() };
+        let old = anchors.insert(&key.0, &encode(&stamped)[..]).map_err(|e| txn.error(e))?;
         let old: Option<AnchorRow> = old.map(|guard| txn.decoded(guard.value())).transpose()?;
+        if let Some(stamp) = old.as_ref().and_then(|old| old.stamp).filter(|_| stamped.stamp.is_none()) {
+            // New hints of an anchor that was published before: it is the same file.
+            let stamped = AnchorRow { stamp: Some(stamp), ..stamped };
+            anchors.insert(&key.0, &encode(&stamped)[..]).map_err(|e| txn.error(e))?;
+        }
         if let Some(old) = old.filter(|old| (old.signature, old.content) != (row.signature, row.content)) {
             forget_hints(txn, key, &old)?;
         }

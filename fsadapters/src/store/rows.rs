@@ -3,6 +3,7 @@
 //! Rows are written with `postcard` behind one byte of row version. Fields are only ever appended with a new row version
 //! (the upgrade rule stands in `docs/src/operations.md`).
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,49 @@ pub struct AnchorRow {
     /// layer is a hard link to it.
     #[serde(with = "path_bytes::optional")]
     pub borrowed: Option<PathBuf>,
+    /// What it was when it was made: set when it is published. `None`: borrowed (its times are its owner's), or made by a pagefold
+    /// that did not remember.
+    pub stamp: Option<AnchorStamp>,
+}
+
+/// By what a later change of an anchor is seen. Reading, cloning from it, balance, and another place for its blocks leave it as it
+/// is; writing, `chattr`, `chmod` and links don't.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnchorStamp {
+    /// Inode number.
+    pub ino: u64,
+    /// Change time: seconds, nanoseconds.
+    pub ctime: (i64, u32),
+}
+
+impl AnchorStamp {
+    /// Of an open file.
+    ///
+    /// # Errors
+    /// As `fstat(2)`.
+    pub fn of(file: impl AsFd) -> rustix::io::Result<AnchorStamp> {
+        let stat = rustix::fs::fstat(file)?;
+        Ok(AnchorStamp { ino: stat.st_ino, ctime: (stat.st_ctime, stat.st_ctime_nsec as u32) })
+    }
+}
+
+/// An [`AnchorRow`] of version 1.
+#[derive(Serialize, Deserialize)]
+pub(super) struct AnchorRow1 {
+    pub serial: u64,
+    pub domain: u32,
+    pub size: u64,
+    pub signature: Option<Signature>,
+    pub content: Option<ContentHash>,
+    #[serde(with = "path_bytes::optional")]
+    pub borrowed: Option<PathBuf>,
+}
+
+impl From<AnchorRow1> for AnchorRow {
+    fn from(old: AnchorRow1) -> AnchorRow {
+        let AnchorRow1 { serial, domain, size, signature, content, borrowed } = old;
+        AnchorRow { serial, domain, size, signature, content, borrowed, stamp: None }
+    }
 }
 
 /// A metadata image.

@@ -237,8 +237,15 @@ fn what_contradicts_itself_is_not_published() {
     let temp = temp();
     let (store, row) = with_a_root(&temp.path().join("s"));
     let (ours, other) = (store.ensure_domain("default").unwrap(), store.ensure_domain("other").unwrap());
-    let anchor =
-        AnchorRow { serial: 1, domain: ours.id, size: 1, signature: None, content: None, borrowed: None };
+    let anchor = AnchorRow {
+        serial: 1,
+        domain: ours.id,
+        size: 1,
+        signature: None,
+        content: None,
+        borrowed: None,
+        stamp: None,
+    };
     let image = ImageRow { domain: ours.id, bytes: 1, entries: 1, anchors: vec![AnchorKey([1; 32])] };
     let key = AnchorKey::of(store.id(), 1);
     let cases = [
@@ -286,6 +293,7 @@ fn hints_are_replaced_and_the_older_anchor_keeps_a_shared_one() {
         signature: Some(same),
         content: Some(hash),
         borrowed: None,
+        stamp: None,
     };
     let keys = [1, 2].map(|serial| AnchorKey::of(store.id(), serial));
     let publish = |key: AnchorKey, row: AnchorRow| {
@@ -419,6 +427,7 @@ fn a_damaged_index_is_told_or_harmless_and_never_touched() {
                 signature: Some(Signature([serial as u8; 16])),
                 content: None,
                 borrowed: None,
+                stamp: None,
             };
             (AnchorKey::of(store.id(), serial), row)
         })

@@ -63,6 +63,7 @@ pub fn anchor(build: &Build<'_>, file: &File, hint: u64) -> Result<(AnchorKey, A
         signature: Some(signature(hint)),
         content: None,
         borrowed: None,
+        stamp: None,
     };
     Ok((key, row))
 }

@@ -126,6 +126,7 @@ impl Locator<'_> {
                 signature: None,
                 content: Some(hash),
                 borrowed: Some(candidate.path.clone()),
+                stamp: None,
             };
             // Linking moved its change time: the name must lead to it still. An anchor that is not used goes with the build.
             let Ok(Some(anchor)) = Protected::borrowed(file, key, &row) else { continue };

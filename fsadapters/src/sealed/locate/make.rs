@@ -92,7 +92,8 @@ impl Locator<'_> {
         if let Ok(opened) = Opened::new(key, reading) {
             self.opened.insert(key, Arc::new(First { opened, kept: None }));
         }
-        let row = AnchorRow { serial, domain: self.domain, size, signature, content, borrowed: None };
+        let row =
+            AnchorRow { serial, domain: self.domain, size, signature, content, borrowed: None, stamp: None };
         Ok((row, key))
     }
 

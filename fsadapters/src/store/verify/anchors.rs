@@ -15,7 +15,7 @@ use crate::store::index::{ANCHORS, BY_CONTENT, BY_EXTENTS, DOMAINS, content_key,
 use crate::store::key::AnchorKey;
 use crate::store::open::{Store, anchor_name};
 use crate::store::place;
-use crate::store::rows::{AnchorRow, DomainRow};
+use crate::store::rows::{AnchorRow, AnchorStamp, DomainRow};
 use crate::store::task::Task;
 
 pub(super) fn anchors(store: &Store, task: &Task, report: &mut VerifyReport) -> Result<(), StoreError> {
@@ -62,6 +62,9 @@ fn anchor(store: &Store, key: &AnchorKey, row: &AnchorRow, task: &Task, report: 
             report.problem(path.clone(), ProblemKind::Damaged, detail);
         }
         Ok(meta) if row.borrowed.is_none() => {
+            if let Some(detail) = changed(&file, row) {
+                report.problem(path.clone(), ProblemKind::Open, detail);
+            }
             for detail in openings(&file, &meta) {
                 report.problem(path.clone(), ProblemKind::Open, detail);
             }
@@ -84,6 +87,15 @@ fn anchor(store: &Store, key: &AnchorKey, row: &AnchorRow, task: &Task, report: 
     if let Err(e) = compare_cached(&file, &path, task, report) {
         report.problem(path, ProblemKind::Unreadable, format!("its cached pages: {e}"));
     }
+}
+
+/// An anchor whose change time moved: nothing of ours does that, and nothing that leaves its bytes alone and itself closed.
+fn changed(file: &File, row: &AnchorRow) -> Option<String> {
+    let (made, now) = (row.stamp?, AnchorStamp::of(file).ok()?);
+    (now != made).then(|| {
+        "it was changed after it was made (written, or its mode or flags were): views that use it may show wrong bytes. Unseal the roots that use it (`explain` names them) and seal them again"
+            .to_owned()
+    })
 }
 
 /// Whether a borrowed anchor has other bytes than those it was taken for.
