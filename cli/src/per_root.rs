@@ -10,7 +10,7 @@ use pagefold_fsadapters::sealed::commit::CommitError;
 use pagefold_fsadapters::store::{RootRow, Store};
 
 use crate::exit::Exit;
-use crate::{human, interrupt};
+use crate::{human, interrupt, progress_bar};
 
 /// How much of one root was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,12 +100,13 @@ pub fn near(roots: &[PathBuf]) -> Option<&Path> {
     roots.first()?.ancestors().find(|path| path.exists())
 }
 
-/// Runs `work` with a progress that Ctrl-C cancels.
+/// Runs `work` with a progress that the terminal shows and Ctrl-C cancels.
 pub fn cancellable<T: Send>(work: impl FnOnce(&Progress) -> T + Send) -> T {
     let progress = Progress::default();
     std::thread::scope(|scope| {
         let progress = &progress;
         let _interrupt = interrupt::on_interrupt(scope, move || progress.cancel());
+        let _shown = progress_bar::show(scope, progress);
         work(progress)
     })
 }

@@ -1,4 +1,4 @@
-//! Progress of a scan on a terminal: what, how fast, how long still. Silent when stderr is no terminal.
+//! Progress of a scan, seal, commit or export on a terminal: what, how fast, how long still. Silent when stderr is no terminal.
 
 use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,6 +52,7 @@ fn draw(progress: &Progress, over: &AtomicBool) {
         bar.set_message(match progress.phase() {
             Phase::Walk => walk_line(progress, started.elapsed()),
             Phase::Content => read_line(progress, read_since.get_or_insert_with(Instant::now).elapsed()),
+            Phase::Apply => write_line(progress),
             Phase::Figures => format!("{} files: computing figures", human::count(progress.files())),
         });
     }
@@ -73,6 +74,13 @@ fn walk_line(progress: &Progress, elapsed: Duration) -> String {
         human::count(files),
         human::count(rate),
     )
+}
+
+fn write_line(progress: &Progress) -> String {
+    match progress.steps() {
+        (_, 0) => "reading what views wrote".to_owned(),
+        (done, total) => format!("{} of {} names written", human::count(done), human::count(total)),
+    }
 }
 
 fn read_line(progress: &Progress, elapsed: Duration) -> String {

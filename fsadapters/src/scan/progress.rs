@@ -1,4 +1,4 @@
-//! Counters that a running scan moves and anybody may read: for a progress bar, never for the report.
+//! Counters that a running scan (or seal, commit, export) moves and anybody may read: for a progress bar, never for the report.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
@@ -12,6 +12,8 @@ pub enum Phase {
     Content = 1,
     /// Computing figures.
     Figures = 2,
+    /// Writing what was found to differ (commit, export): see [`Progress::steps`].
+    Apply = 3,
 }
 
 /// Shared state of a running scan.
@@ -23,6 +25,8 @@ pub struct Progress {
     pub(crate) dirs_done: AtomicU64,
     pub(crate) pages_total: AtomicU64,
     pub(crate) pages_done: AtomicU64,
+    steps_total: AtomicU64,
+    steps_done: AtomicU64,
     cancelled: AtomicBool,
 }
 
@@ -50,6 +54,7 @@ impl Progress {
         match self.phase.load(Ordering::Relaxed) {
             0 => Phase::Walk,
             1 => Phase::Content,
+            3 => Phase::Apply,
             _ => Phase::Figures,
         }
     }
@@ -74,6 +79,20 @@ impl Progress {
     #[must_use]
     pub fn pages(&self) -> (u64, u64) {
         (self.pages_done.load(Ordering::Relaxed), self.pages_total.load(Ordering::Relaxed))
+    }
+
+    /// Names written, and to write as far as is known; the second grows with each root.
+    #[must_use]
+    pub fn steps(&self) -> (u64, u64) {
+        (self.steps_done.load(Ordering::Relaxed), self.steps_total.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn expect_steps(&self, more: usize) {
+        Progress::add(&self.steps_total, more as u64);
+    }
+
+    pub(crate) fn did_step(&self) {
+        Progress::add(&self.steps_done, 1);
     }
 
     pub(crate) fn add(counter: &AtomicU64, n: u64) {

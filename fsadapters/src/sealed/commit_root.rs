@@ -22,7 +22,7 @@ use super::seal::{SealConfig, seal, unsupported};
 use super::tree::EntryId;
 use super::upper;
 use super::users::{self, Watched};
-use crate::scan::Progress;
+use crate::scan::{Phase, Progress};
 use crate::store::manifest::read_manifest;
 use crate::store::{RootRow, SealId, Store, step};
 
@@ -126,6 +126,7 @@ pub(super) fn apply(
     options: CommitOptions,
     progress: &Progress,
 ) -> Result<Applied, CommitError> {
+    progress.set_phase(Phase::Apply);
     let raw = open_raw_root(row).map_err(below)?;
     if !options.force {
         let stat = fstat(&raw).map_err(|e| call("look at", &row.path, e))?;
@@ -175,6 +176,7 @@ fn seal_again(store: &Store, row: &RootRow, progress: &Progress) -> Result<(), S
     // It was sealed with `--borrow` then.
     config.copy = unsupported(store.dir()).is_some();
     config.committed = vec![row.id];
+    progress.set_phase(Phase::Walk);
     let report = seal(store, &config, progress).map_err(|e| e.to_string())?;
     match report.errors.first() {
         Some(failure) => Err(failure.error.clone()),

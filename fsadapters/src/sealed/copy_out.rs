@@ -17,7 +17,7 @@ use super::commit::Anchors;
 use super::commit::bytes::Sources;
 use super::commit::error::{CommitError, at_path, is_fatal};
 use super::commit::inode::{Below, Held, split};
-use super::commit::place::build_at;
+use super::commit::place::{Keep, build_at};
 use super::commit::state::{self, Children, State, shown_path};
 use super::tree::Tree;
 use crate::scan::Progress;
@@ -77,6 +77,8 @@ pub fn copy_out(subject: &Subject<'_>, dest: &Below, progress: &Progress) -> Res
     };
     let sources = Sources { upper: subject.upper, index: subject.index, anchors: subject.anchors };
     let mut copier = Copier { state: &state, sources: &sources, dest, done: Copied::default() };
+    let dirs = state.entries.iter().filter(|shown| state.inodes[shown.inode].kind.is_dir()).count();
+    progress.expect_steps(state.entries.len() - 1 + dirs);
     for entry in 1..state.entries.len() {
         if progress.is_cancelled() {
             return Err(CommitError::Cancelled);
@@ -84,12 +86,15 @@ pub fn copy_out(subject: &Subject<'_>, dest: &Below, progress: &Progress) -> Res
         let path = state.path(entry);
         let result = copier.copy(entry, &path);
         copier.note(&path, result)?;
+        progress.did_step();
+        crate::store::step("export.entry");
     }
     for entry in (0..state.entries.len()).rev() {
         if state.inode(entry).kind.is_dir() {
             let path = state.path(entry);
             let result = copier.finish_dir(entry, &path);
             copier.note(&path, result)?;
+            progress.did_step();
         }
     }
     rustix::fs::syncfs(dest.as_fd()).map_err(|e| at_path("sync", b"", e.into()))?;
@@ -128,7 +133,8 @@ impl Copier<'_> {
                 Err(e) => return Err(e.into()),
             }
         }
-        let built = build_at(dir.as_fd(), name, &shown.meta, &shown.kind, self.sources);
+        let what = (&shown.meta, &shown.kind);
+        let built = build_at(dir.as_fd(), name, what, self.sources, &Keep::NOTHING);
         if built.is_err() {
             let _ = rustix::fs::unlinkat(&dir, name, AtFlags::empty());
         }

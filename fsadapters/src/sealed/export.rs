@@ -1,9 +1,8 @@
 //! Export: the present state of a root's view as a directory (or btrfs subvolume) of its own.
 //!
-//! Invariant: what stands at the target is whole: it is built beside it and renamed. The view, its raw root and the store are only
+//! Invariant: what stands at the target is whole: it is built beside it (`workshop`) and renamed. The view, its raw root and the store are only
 //! read. What it deliberately does not do: cross file systems (nothing could be shared; `cp -a` from a mounted view does that).
 
-use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
@@ -15,7 +14,8 @@ use super::commit::CommitError;
 use super::copy_out::{Copied, Subject, copy_out};
 use super::mount::release_images;
 use super::opened::{DomainAnchors, Opened, below, call, open_below};
-use crate::scan::Progress;
+use super::workshop::Workshop;
+use crate::scan::{Phase, Progress};
 use crate::store::{RootRow, SealId, Store, step};
 
 /// How to export.
@@ -56,49 +56,33 @@ pub fn export_root(
     progress: &Progress,
 ) -> Result<ExportReport, CommitError> {
     let subvolume = options.subvolume || options.read_only;
-    if rustix::fs::lstat(target).is_ok() {
-        return Err(CommitError::Refused(format!("{target:?} is there already")));
-    }
     let name = target.file_name().ok_or_else(|| CommitError::Refused(format!("{target:?} is no name")))?;
     let parent = match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
     refuse_place(store, parent)?;
-    let mut partial_name = OsString::from(".pagefold-export-");
-    partial_name.push(name);
-    let partial = parent.join(&partial_name);
+    progress.set_phase(Phase::Apply);
+    // Also where the target is there: an export may have been killed after it was.
+    let workshop = Workshop::claim(parent, name)?;
+    if rustix::fs::lstat(target).is_ok() {
+        return Err(CommitError::Refused(format!("{target:?} is there already")));
+    }
     let opened = Opened::any(store, row)?;
-    make(parent, &partial_name, &partial, subvolume)?;
-    let result = fill(store, row, &opened, &partial, progress);
+    make(&workshop, subvolume)?;
+    let result = fill(store, row, &opened, &workshop.tree(), progress);
     let live = opened.live;
     drop(opened);
     if !live {
         release_images(store).map_err(below)?;
     }
-    let finished = result.and_then(|copied| {
-        step("export.filled");
-        finish(&partial, target, options.read_only && copied.errors.is_empty())?;
-        Ok(copied)
-    });
-    match finished {
-        Ok(copied) => {
-            let partial = !copied.errors.is_empty();
-            Ok(ExportReport {
-                id: row.id,
-                name: row.name.clone(),
-                target: target.to_owned(),
-                live,
-                partial,
-                copied,
-            })
-        }
-        Err(e) => {
-            // Made by us, in whole; what can't be removed is named by its name.
-            let _ = std::fs::remove_dir_all(&partial);
-            Err(e)
-        }
-    }
+    let copied = result?;
+    step("export.filled");
+    finish(&workshop.tree(), target, options.read_only && copied.errors.is_empty())?;
+    step("export.placed");
+    drop(workshop);
+    let partial = !copied.errors.is_empty();
+    Ok(ExportReport { id: row.id, name: row.name.clone(), target: target.to_owned(), live, partial, copied })
 }
 
 /// The target must be where blocks can be shared, and not in the store or the root.
@@ -119,22 +103,18 @@ fn refuse_place(store: &Store, parent: &Path) -> Result<(), CommitError> {
     }
 }
 
-fn make(parent: &Path, name: &OsString, partial: &Path, subvolume: bool) -> Result<(), CommitError> {
+fn make(workshop: &Workshop, subvolume: bool) -> Result<(), CommitError> {
+    let name = Workshop::tree_name();
     let made = if subvolume {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::open(parent, flags, Mode::empty()).map_err(|e| call("open", parent, e))?;
-        btrfs::create_subvolume(dir.as_fd(), name)
+        btrfs::create_subvolume(workshop.dir(), name.as_ref())
     } else {
-        rustix::fs::mkdir(partial, Mode::RWXU).map_err(Into::into)
+        rustix::fs::mkdirat(workshop.dir(), name, Mode::RWXU).map_err(Into::into)
     };
     made.map_err(|e| match e.raw_os_error().map(Errno::from_raw_os_error) {
-        Some(Errno::EXIST) => CommitError::Refused(format!(
-            "{partial:?} is left from an export that did not end: remove it and try again"
-        )),
         Some(Errno::NOTTY) if subvolume => {
             CommitError::Refused("only btrfs has subvolumes: export without --subvolume".into())
         }
-        _ => call("make", partial, e),
+        _ => call("make", &workshop.tree(), e),
     })
 }
 

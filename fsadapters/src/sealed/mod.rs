@@ -46,4 +46,5 @@ pub mod upper;
 pub mod users;
 pub mod view_error;
 pub mod walk;
+mod workshop;
 mod xattrs;

@@ -16,6 +16,9 @@ use super::tree::Xattr;
 /// The most bytes of a list of names and of a value that the kernel gives (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
 const KERNEL_MAX: usize = 65536;
 
+/// Capabilities of a program.
+const CAPABILITY: &[u8] = b"security.capability";
+
 /// Bytes that a list of names or a value is tried with first.
 const SHORT_LIST: usize = 512;
 
@@ -72,7 +75,7 @@ impl XattrBuffer {
             Err(Errno::OPNOTSUPP) => 0,
             Err(e) => return Err(e.into()),
         };
-        let mut found = Vec::new();
+        let mut found: Vec<Xattr> = Vec::new();
         for name in self.names[..length].split_inclusive(|b| *b == 0) {
             let Ok(name) = CStr::from_bytes_with_nul(name) else { continue };
             if name.to_bytes().starts_with(b"btrfs.") {
@@ -90,13 +93,38 @@ impl XattrBuffer {
                 Ok(length) => found.push((name.to_bytes().into(), self.value[..length].into())),
                 // Removed since it was listed.
                 Err(Errno::NODATA) => {}
-                Err(e) => return Err(e.into()),
+                // Capabilities that are none, of no bytes or damaged: the kernel reads them to nobody and starts no such program. Empty
+                // ones do the same in a view.
+                Err(Errno::INVAL) if name.to_bytes() == CAPABILITY => {
+                    found.push((CAPABILITY.into(), Box::default()));
+                }
+                Err(errno) => return Err(unreadable(name, errno)),
             }
         }
+        found.retain(|(name, value)| !is_empty_acl(name, value));
         found.sort_unstable();
         found.dedup_by(|a, b| a.0 == b.0);
         Ok(found)
     }
+}
+
+/// An ACL of no entries is none, and nobody can set one: it only looks different.
+pub(crate) fn is_empty_acl(name: &[u8], value: &[u8]) -> bool {
+    /// Its header, a version.
+    const HEADER: usize = 4;
+    value.len() <= HEADER && name.starts_with(b"system.posix_acl_")
+}
+
+/// Says which attribute, and what to do: others may be fine.
+fn unreadable(name: &CStr, errno: Errno) -> io::Error {
+    let advice = match errno {
+        Errno::INVAL | Errno::UCLEAN => {
+            "; it is damaged: set it anew, remove it (setfattr -x) or repair the file system"
+        }
+        _ => "",
+    };
+    let source = io::Error::from(errno);
+    io::Error::new(source.kind(), format!("the attribute {}: {source}{advice}", name.to_string_lossy()))
 }
 
 #[cfg(test)]

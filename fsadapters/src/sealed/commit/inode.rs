@@ -13,6 +13,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::sealed::tree::{Meta, Node, Xattr};
+use crate::sealed::xattrs::is_empty_acl;
 
 /// What `statx` tells of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -110,7 +111,7 @@ impl Held {
         let path = self.path();
         let mut xattrs = Vec::new();
         for name in list(&path)? {
-            if let Some(value) = get_xattr(&path, &name)? {
+            if let Some(value) = get_xattr(&path, &name)?.filter(|value| !is_empty_acl(&name, value)) {
                 xattrs.push((name, value));
             }
         }
@@ -213,11 +214,19 @@ pub fn proc_path(fd: BorrowedFd<'_>) -> String {
 /// Names of extended attributes.
 fn list(path: &str) -> io::Result<Vec<Box<[u8]>>> {
     let names = growing(|buffer| rustix::fs::listxattr(path, buffer))?.unwrap_or_default();
-    Ok(names.split(|b| *b == 0).filter(|n| !n.is_empty()).map(Into::into).collect())
+    // `btrfs.*` says how a file is stored and not what it is: no tree has it.
+    let is_told = |name: &&[u8]| !name.is_empty() && !name.starts_with(b"btrfs.");
+    Ok(names.split(|b| *b == 0).filter(is_told).map(Into::into).collect())
 }
 
 fn get_xattr(path: &str, name: &[u8]) -> io::Result<Option<Box<[u8]>>> {
-    Ok(growing(|buffer| rustix::fs::getxattr(path, name, buffer))?.map(Into::into))
+    match growing(|buffer| rustix::fs::getxattr(path, name, buffer)) {
+        // Empty or damaged ones, which the kernel reads to nobody: as in `xattrs`.
+        Err(e) if name == b"security.capability" && Errno::from_io_error(&e) == Some(Errno::INVAL) => {
+            Ok(Some(Box::default()))
+        }
+        other => Ok(other?.map(Into::into)),
+    }
 }
 
 fn remove_xattr(path: &str, name: &[u8]) -> io::Result<()> {

@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, FileType, IFlags, Mode, OFlags, RenameFlags, XattrFlags};
 use rustix::io::Errno;
 
 use super::bytes::{Sources, fill};
@@ -115,18 +115,18 @@ impl<'a> Placer<'a> {
         self.ops.len()
     }
 
-    /// Makes an inode of `kind` and `meta` in a directory.
+    /// Makes an inode of `kind` and `meta` in a directory, with `keep` if it is a regular file.
     pub fn build(
         &mut self,
         dir_path: &[u8],
-        meta: &Meta,
-        kind: &Kind,
+        (meta, kind): (&Meta, &Kind),
         sources: &Sources<'_>,
+        keep: &Keep,
     ) -> io::Result<Temp> {
         let dir = self.dir(dir_path)?;
         let number = self.number();
         let name = temp_name(self.run, number);
-        match build_at(dir.as_fd(), &name, meta, kind, sources) {
+        match build_at(dir.as_fd(), &name, (meta, kind), sources, keep) {
             Ok(built) => {
                 self.shared_bytes += built.shared_bytes;
                 self.copied_bytes += built.copied_bytes;
@@ -344,6 +344,61 @@ impl Op {
     }
 }
 
+/// `FS_NOCOMP_FL`, which rustix has no name for.
+const NOCOMP: IFlags = IFlags::from_bits_retain(0x400);
+
+/// Inode flags that a file keeps when it is replaced: how it is stored and treated. What protects it (immutable, append-only) is no such
+/// flag: commit replaces no file that has one.
+const KEPT: IFlags = IFlags::NOCOW
+    .union(IFlags::COMPRESSED)
+    .union(NOCOMP)
+    .union(IFlags::NODUMP)
+    .union(IFlags::NOATIME)
+    .union(IFlags::SYNC);
+
+/// btrfs's own name for how a file is compressed; says more than the flag, and sets it.
+const COMPRESSION: &str = "btrfs.compression";
+
+/// What a regular file keeps when it is replaced.
+#[derive(Debug)]
+pub struct Keep {
+    flags: IFlags,
+    compression: Option<Box<[u8]>>,
+}
+
+impl Keep {
+    /// Nothing: as its directory has it.
+    pub const NOTHING: Keep = Keep { flags: IFlags::empty(), compression: None };
+
+    /// Of the file that is there; nothing of what is no regular file.
+    pub fn of(held: Option<&Held>) -> io::Result<Keep> {
+        let Some(held) = held.filter(|held| held.look.is_file()) else { return Ok(Keep::NOTHING) };
+        let file = held.open_file(OFlags::RDONLY)?;
+        let flags = rustix::fs::ioctl_getflags(file).unwrap_or(IFlags::empty()).intersection(KEPT);
+        // Some file systems answer EINVAL for a name that is not theirs.
+        Ok(Keep { flags, compression: held.xattr(COMPRESSION.as_bytes()).unwrap_or(None) })
+    }
+
+    /// Gives it to the empty `file`, whose bytes come from a file without checksums if `nocow`. Where the file system has no such flag,
+    /// there was none to lose.
+    fn give(&self, file: BorrowedFd<'_>, nocow: bool) -> io::Result<()> {
+        // btrfs shares no blocks between files with and without checksums, and can't change its mind later.
+        let nocow = nocow && self.compression.is_none() && !self.flags.contains(IFlags::COMPRESSED);
+        let flags = if nocow { self.flags.union(IFlags::NOCOW) } else { self.flags };
+        if !flags.is_empty() {
+            let now = rustix::fs::ioctl_getflags(file)?;
+            match rustix::fs::ioctl_setflags(file, now.difference(KEPT).union(flags)) {
+                Err(Errno::OPNOTSUPP | Errno::NOTTY) => {}
+                result => result?,
+            }
+        }
+        if let Some(value) = &self.compression {
+            rustix::fs::fsetxattr(file, COMPRESSION, value, XattrFlags::empty())?;
+        }
+        Ok(())
+    }
+}
+
 /// An inode that was made.
 pub struct Built {
     /// As it is now.
@@ -356,19 +411,26 @@ pub struct Built {
     pub copied_bytes: u64,
 }
 
-/// Makes an inode of `kind` and `meta` with its bytes as `name` in `dir`; what is there after an error is the caller's to remove.
+/// Makes an inode of `kind` and `meta` with its bytes as `name` in `dir`; a regular file gets `keep`, and NOCOW where its
+/// bytes come from such a file. What is there after an error is the caller's to remove.
 pub fn build_at(
     dir: BorrowedFd<'_>,
     name: &[u8],
-    meta: &Meta,
-    kind: &Kind,
+    (meta, kind): (&Meta, &Kind),
     sources: &Sources<'_>,
+    keep: &Keep,
 ) -> io::Result<Built> {
     let (held, file) = make(dir, name, kind)?;
+    let source = match kind {
+        Kind::File { size, bytes } => sources.open(bytes, *size)?,
+        Kind::Other(_) => None,
+    };
+    if let Some(file) = &file {
+        let flags = source.as_ref().map(rustix::fs::ioctl_getflags);
+        keep.give(file.as_fd(), flags.is_some_and(|f| f.is_ok_and(|f| f.contains(IFlags::NOCOW))))?;
+    }
     let (mut shared_bytes, mut copied_bytes) = (0, 0);
-    if let (Kind::File { size, bytes }, Some(file)) = (kind, &file)
-        && let Some(source) = sources.open(bytes, *size)?
-    {
+    if let (Kind::File { size, .. }, Some(file), Some(source)) = (kind, &file, &source) {
         match fill(source.as_fd(), file.as_fd(), *size)? {
             true => shared_bytes = *size,
             false => copied_bytes = *size,

@@ -23,7 +23,7 @@ use super::error::{CommitError, at_path, is_fatal};
 use super::inode::{Below, Held, Look, split};
 use super::journal::{Journal, meta_digest};
 use super::judge::{Judge, Verdict};
-use super::place::{Outcome, Placer, Temp};
+use super::place::{Keep, Outcome, Placer, Temp};
 use super::plan::Plan;
 use super::state::{State, shown_path};
 use super::{Applied, Conflict, OnConflict};
@@ -64,11 +64,15 @@ impl Run<'_> {
     /// Does it.
     pub fn run(&mut self, run: u64) -> Result<(), CommitError> {
         let mut placer = Placer::new(self.raw, run);
+        let plan = self.plan;
+        let names = plan.dirs.len() + plan.inodes.len() + plan.gone.len() + plan.stale.len();
+        self.progress.expect_steps(names + plan.metas.len());
         for &entry in &self.plan.dirs {
             self.check_cancel()?;
             let path = self.state.path(entry);
             let result = self.ensure_dir(&mut placer, entry, &path);
             self.note(&path, result)?;
+            self.progress.did_step();
         }
         step("commit.dirs.made");
         let mut late = Vec::new();
@@ -77,6 +81,7 @@ impl Run<'_> {
             let path = self.state.path(self.state.inodes[inode].names[0]);
             let result = self.put_inode(&mut placer, inode, Some(&mut late));
             self.note(&path, result)?;
+            self.progress.did_step();
             self.flush(&mut placer, BATCH)?;
         }
         self.flush(&mut placer, 1)?;
@@ -97,6 +102,7 @@ impl Run<'_> {
             let path = self.state.path(entry);
             let result = self.finish_dir(entry, &path);
             self.note(&path, result)?;
+            self.progress.did_step();
         }
         step("commit.dirs.finished");
         rustix::fs::syncfs(self.raw.as_fd()).map_err(|e| at_path("sync", b"", e.into()))?;
@@ -154,7 +160,7 @@ impl Run<'_> {
         };
         let inode = self.state.inode(entry);
         let (dir, name) = split(path);
-        let temp = placer.build(dir, &inode.meta, &inode.kind, self.sources)?;
+        let temp = placer.build(dir, (&inode.meta, &inode.kind), self.sources, &Keep::NOTHING)?;
         placer.put(dir, name, &temp, old)?;
         let outcomes = placer.flush(self.journal)?;
         // Directories of the new one are opened by path: what was known of this path is no more.
@@ -257,7 +263,7 @@ impl Run<'_> {
             let known = self.plan.at[target.entry].is_some();
             let Some(old) = self.replaceable(&target.path, target.verdict, known) else { continue };
             let (dir, name) = split(&target.path);
-            let temp = self.temp_for(placer, inode, dir, from.as_ref())?;
+            let temp = self.temp_for(placer, inode, &target.path, from.as_ref())?;
             placer.put(dir, name, &temp, old)?;
             if let Verdict::Sealed(look) = target.verdict
                 && look.links as usize > self.links_of(target.entry)
@@ -278,9 +284,10 @@ impl Run<'_> {
         &mut self,
         placer: &mut Placer<'_>,
         inode: usize,
-        dir: &[u8],
+        path: &[u8],
         from: Option<&(Vec<u8>, Vec<u8>, Look)>,
     ) -> io::Result<Temp> {
+        let (dir, _) = split(path);
         if let Some((from_dir, name, look)) = from {
             match placer.link(from_dir, name, *look, dir) {
                 Ok(temp) => return Ok(temp),
@@ -292,7 +299,8 @@ impl Run<'_> {
             }
         }
         let shown = &self.state.inodes[inode];
-        placer.build(dir, &shown.meta, &shown.kind, self.sources)
+        let keep = Keep::of(self.raw.held(path)?.as_ref())?;
+        placer.build(dir, (&shown.meta, &shown.kind), self.sources, &keep)
     }
 
     /// An inode of the raw root that already is what is wanted, and whose names all are names of this one: further names can be links
@@ -349,12 +357,14 @@ impl Run<'_> {
         for path in self.plan.stale.iter().rev() {
             let result = self.remove_name(placer, path, None, &mut dirs);
             self.note(path, result)?;
+            self.progress.did_step();
         }
         for id in self.plan.gone.iter().rev() {
             self.check_cancel()?;
             let path = self.tree.path(*id);
             let result = self.remove_name(placer, &path, Some(self.tree.inode(*id)), &mut dirs);
             self.note(&path, result)?;
+            self.progress.did_step();
             self.flush(placer, BATCH)?;
         }
         self.flush(placer, 1)?;
