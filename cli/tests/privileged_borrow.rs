@@ -1,4 +1,4 @@
-//! `seal --borrow` on a file system without reflink (ext4): views share the pages of a declared layer, and undoing leaves it as it was.
+//! `seal --borrow` on file systems without reflink (ext4, XFS made so): views share the pages of a declared layer, and undoing leaves it as it was.
 //!
 //! Invariant: the layer's files are compared by mode, flags, times, links and bytes. What it deliberately does not do: mount engines.
 
@@ -50,7 +50,16 @@ fn seal(layer: &Path, roots: &[PathBuf]) -> Value {
 
 #[test]
 fn privileged_views_share_a_borrowed_layer_and_leave_it_as_it_was() {
-    let rig = ViewRig::new(RigFs::Ext4);
+    views_share_a_borrowed_layer(RigFs::Ext4);
+}
+
+#[test]
+fn privileged_views_share_a_borrowed_layer_on_xfs_without_reflink() {
+    views_share_a_borrowed_layer(RigFs::XfsNoReflink);
+}
+
+fn views_share_a_borrowed_layer(fs: RigFs) {
+    let rig = ViewRig::new(fs);
     let (layer, roots) = layer_and_roots(&rig);
     let names = ["big", "small", "fixed"];
     let before: Vec<_> = names.iter().map(|n| facts(&layer.join(n))).collect();

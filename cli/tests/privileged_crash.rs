@@ -1,4 +1,4 @@
-//! A crash at every step of seal, mount, commit, gc and unseal: by `kill -9`, and by a power cut (XFS shut down without its log; on
+//! A crash at every step of seal (with `--borrow` where there is no reflink), mount, commit, gc and unseal: by `kill -9`, and by a power cut (XFS shut down without its log; on
 //! btrfs a copy of the disk taken at that moment).
 //!
 //! After each: raw roots are what they were (or, for commit, become what the view showed once it is run again), the store
@@ -7,6 +7,7 @@
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -83,7 +84,25 @@ fn on_store(rig: &ViewRig, words: &[&str]) -> Vec<String> {
 }
 
 fn seal_both(rig: &ViewRig) -> Vec<String> {
-    vec!["seal".into(), text(&rig.path("one")), text(&rig.path("two"))]
+    let borrow =
+        if borrows(rig) { vec!["--borrow".to_owned(), text(&rig.path("layer"))] } else { Vec::new() };
+    let roots = [text(&rig.path("one")), text(&rig.path("two"))];
+    ["seal".to_owned()].into_iter().chain(borrow).chain(roots).collect()
+}
+
+/// Whether the rig's file system can't share blocks: files of a layer are borrowed then, others copied.
+fn borrows(rig: &ViewRig) -> bool {
+    matches!(rig.rig.fs(), RigFs::Ext4 | RigFs::XfsNoReflink)
+}
+
+/// The layer's files, what they hold, their times and how many names they have.
+fn layer_facts(rig: &ViewRig) -> Vec<(PathBuf, Vec<u8>, i64, u32, u64)> {
+    let layer = rig.path("layer");
+    let fact = |(path, bytes): (PathBuf, Vec<u8>)| {
+        let meta = layer.join(&path).metadata().expect("it is there");
+        (path, bytes, meta.mtime(), meta.mode(), meta.nlink())
+    };
+    files_below(&layer).into_iter().map(fact).collect()
 }
 
 fn mount_first(rig: &ViewRig) -> Vec<String> {
@@ -129,9 +148,9 @@ fn written(rig: &ViewRig) {
     must(Command::new("sync").arg("-f").arg(rig.rig.path()));
 }
 
-/// A fresh pair of clones; nothing else on the rig.
+/// A fresh pair of clones, or copies of a layer; nothing else on the rig.
 fn prepare(rig: &ViewRig) {
-    for name in ["one", "two"] {
+    for name in ["one", "two", "layer"] {
         let _ = std::fs::remove_dir_all(rig.path(name));
     }
     rig.make_dir("view");
@@ -140,7 +159,15 @@ fn prepare(rig: &ViewRig) {
         std::fs::create_dir_all(path.parent().expect("below a directory")).expect("room on the rig");
         std::fs::write(path, bytes).expect("room on the rig");
     }
-    must(Command::new("cp").args(["-a", "--reflink=always"]).arg(rig.path("one")).arg(rig.path("two")));
+    let copies: &[&str] = if borrows(rig) { &["two", "layer"] } else { &["two"] };
+    for copy in copies {
+        let reflink = if borrows(rig) { "--reflink=never" } else { "--reflink=always" };
+        must(Command::new("cp").args(["-a", reflink]).arg(rig.path("one")).arg(rig.path(copy)));
+    }
+    if borrows(rig) {
+        // Larger than nothing, and in no root: never borrowed.
+        std::fs::write(rig.path("layer/unused"), "in no root").expect("room on the rig");
+    }
     must(Command::new("sync").arg("-f").arg(rig.rig.path()));
 }
 
@@ -192,6 +219,14 @@ fn finish(rig: &ViewRig, scenario: &Scenario) {
         done(&on_store(rig, &["unseal", "--all", "--commit"]));
     }
     assert!(!rig.path(".pagefold").exists(), "{}: the store is still there", scenario.name);
+    if borrows(rig) {
+        let facts = layer_facts(rig);
+        assert_eq!(facts.len(), sealed_files().len() + 1, "{}", scenario.name);
+        for (path, bytes, _, _, links) in facts {
+            assert_eq!(links, 1, "{}: {path:?} of the layer has still a name in a store", scenario.name);
+            assert!(sealed_files().get(&path).is_none_or(|b| *b == bytes), "{}: {path:?}", scenario.name);
+        }
+    }
 }
 
 /// Ends the command at `step`. False when it got to its end instead.
@@ -258,6 +293,7 @@ fn every_step(fs: RigFs, crash: Crash) {
     for scenario in &SCENARIOS {
         for step in steps_of(&rig, scenario) {
             prepare(&rig);
+            let layer = borrows(&rig).then(|| layer_facts(&rig));
             (scenario.before)(&rig);
             assert!(crash_at(&mut rig, scenario, &step, crash), "{}: {step} was not reached", scenario.name);
             crashes += 1;
@@ -270,6 +306,7 @@ fn every_step(fs: RigFs, crash: Crash) {
             assert!(files_below(&rig.path("two")) == sealed_files(), "{what}: the other raw root changed");
             again(&rig, scenario, &what);
             finish(&rig, scenario);
+            assert!(layer.is_none_or(|before| before == layer_facts(&rig)), "{what}: the layer changed");
         }
     }
     assert!(crashes > 20, "only {crashes} crashes: steps are missing");
@@ -298,6 +335,21 @@ fn privileged_kill_at_every_step_on_xfs() {
 #[test]
 fn privileged_kill_at_every_step_on_btrfs() {
     every_step(RigFs::Btrfs, Crash::Kill);
+}
+
+#[test]
+fn privileged_kill_at_every_step_with_a_borrowed_layer_on_ext4() {
+    every_step(RigFs::Ext4, Crash::Kill);
+}
+
+#[test]
+fn privileged_kill_at_every_step_with_a_borrowed_layer_on_xfs_without_reflink() {
+    every_step(RigFs::XfsNoReflink, Crash::Kill);
+}
+
+#[test]
+fn privileged_power_cut_at_every_step_with_a_borrowed_layer_on_xfs_without_reflink() {
+    every_step(RigFs::XfsNoReflink, Crash::PowerCut);
 }
 
 #[test]

@@ -20,6 +20,8 @@ pub struct FsFacts {
     pub description: FsDescription,
     /// Files may lie on a second device with addresses of its own: ask [`device_class`] of every file.
     pub has_realtime: bool,
+    /// An XFS or btrfs whose files can share blocks; an XFS is asked, for it may be made without.
+    pub reflink: bool,
     /// The directory is on overlayfs: cache and inode are those of a file below (see [`crate::overlay`]).
     pub overlay: Option<OverlayFs>,
 }
@@ -58,7 +60,8 @@ pub fn describe(dir: BorrowedFd<'_>) -> Result<FsFacts, FsError> {
     };
     // Unreadable geometry: then every file is asked for its device.
     let has_realtime = magic == XFS && geometry.is_none_or(|g| g.rt_blocks > 0);
-    Ok(FsFacts { description, has_realtime, overlay: None })
+    let reflink = magic == BTRFS || magic == XFS && geometry.is_none_or(|g| g.reflink);
+    Ok(FsFacts { description, has_realtime, reflink, overlay: None })
 }
 
 fn describe_overlay(dir: BorrowedFd<'_>, dev: u64, kind: String) -> FsFacts {
@@ -67,6 +70,7 @@ fn describe_overlay(dir: BorrowedFd<'_>, dev: u64, kind: String) -> FsFacts {
         Ok(below) => FsFacts {
             description: FsDescription { kind, ..below.description.clone() },
             has_realtime: below.has_realtime,
+            reflink: below.reflink,
             overlay: Some(overlay),
         },
         Err(why_not) => {
@@ -77,7 +81,7 @@ fn describe_overlay(dir: BorrowedFd<'_>, dev: u64, kind: String) -> FsFacts {
                 physical_identity: false,
                 why_not: Some(why_not.to_string()),
             };
-            FsFacts { description, has_realtime: false, overlay: Some(overlay) }
+            FsFacts { description, has_realtime: false, reflink: false, overlay: Some(overlay) }
         }
     }
 }

@@ -58,6 +58,8 @@ pub struct XfsGeometry {
     pub uuid: [u8; 16],
     /// Blocks on the real-time device; more than 0 means that files may live there.
     pub rt_blocks: u64,
+    /// Files can share blocks (`XFS_FSOP_GEOM_FLAGS_REFLINK`).
+    pub reflink: bool,
 }
 
 /// The head of `struct xfs_fsop_geom_v1`, which newer versions only extend.
@@ -69,10 +71,15 @@ struct XfsGeometryV1 {
     rt_extents: u64,
     log_start: u64,
     uuid: [u8; 16],
-    rest: [u32; 8],
+    stripe: [u32; 2],
+    version: i32,
+    flags: u32,
+    rest: [u32; 4],
 }
 
+const XFS_FSOP_GEOM_FLAGS_REFLINK: u32 = 1 << 20;
 const _: () = assert!(size_of::<XfsGeometryV1>() == 112);
+const _: () = assert!(std::mem::offset_of!(XfsGeometryV1, flags) == 92);
 const XFS_IOC_FSGEOMETRY_V1: u64 = ioc::ior::<XfsGeometryV1>(b'X', 100);
 const _: () = assert!(XFS_IOC_FSGEOMETRY_V1 == 0x8070_5864);
 
@@ -88,11 +95,15 @@ pub fn xfs_geometry(fd: BorrowedFd<'_>) -> io::Result<XfsGeometry> {
         rt_extents: 0,
         log_start: 0,
         uuid: [0; 16],
-        rest: [0; 8],
+        stripe: [0; 2],
+        version: 0,
+        flags: 0,
+        rest: [0; 4],
     };
     // SAFETY: `_IOR` of exactly `XfsGeometryV1`: the kernel writes 112 bytes, all of them plain integers.
     unsafe { ioc::ioctl(fd, XFS_IOC_FSGEOMETRY_V1, &mut answer) }?;
-    Ok(XfsGeometry { uuid: answer.uuid, rt_blocks: answer.rt_blocks })
+    let reflink = answer.flags & XFS_FSOP_GEOM_FLAGS_REFLINK != 0;
+    Ok(XfsGeometry { uuid: answer.uuid, rt_blocks: answer.rt_blocks, reflink })
 }
 
 #[repr(C)]

@@ -31,6 +31,8 @@ pub(crate) use tools::{detach_loops_of, require_root};
 pub enum RigFs {
     /// XFS with reflink, blocks of 4 KiB.
     Xfs,
+    /// XFS made without reflink.
+    XfsNoReflink,
     /// XFS with reflink and blocks of 1 KiB: a page is up to four extents.
     XfsSmallBlocks,
     /// btrfs with default options.
@@ -46,7 +48,7 @@ impl RigFs {
     #[must_use]
     pub const fn kind(self) -> &'static str {
         match self {
-            RigFs::Xfs | RigFs::XfsSmallBlocks => "xfs",
+            RigFs::Xfs | RigFs::XfsNoReflink | RigFs::XfsSmallBlocks => "xfs",
             RigFs::Btrfs | RigFs::BtrfsZstd => "btrfs",
             RigFs::Ext4 => "ext4",
         }
@@ -56,6 +58,7 @@ impl RigFs {
     const fn mkfs(self) -> (&'static str, &'static str, &'static [&'static str]) {
         match self {
             RigFs::Xfs => ("mkfs.xfs", "xfsprogs", &["-q", "-f", "-K", "-m", "reflink=1"]),
+            RigFs::XfsNoReflink => ("mkfs.xfs", "xfsprogs", &["-q", "-f", "-K", "-m", "reflink=0"]),
             RigFs::XfsSmallBlocks => {
                 ("mkfs.xfs", "xfsprogs", &["-q", "-f", "-K", "-m", "reflink=1", "-b", "size=1024"])
             }

@@ -33,7 +33,7 @@ pub(crate) enum RootError {
     #[error("the same directory is given twice: sealed once")]
     Twice,
     #[error(
-        "{kind} can't share blocks between files: nothing to make anchors with. Roots must lie on XFS (with reflink) or btrfs; elsewhere `seal --borrow DIR` uses the files of a directory that is never written"
+        "this {kind} can't share blocks between files: nothing to make anchors with. Roots must lie on XFS (with reflink) or btrfs; elsewhere `seal --borrow DIR` uses the files of a directory that is never written"
     )]
     NoReflink { kind: String },
     #[error("a mounted view or another overlay: give the raw root below it")]
@@ -161,8 +161,7 @@ fn kind_error(facts: &FsFacts) -> Option<RootError> {
     if facts.overlay.is_some() {
         return Some(RootError::Overlay);
     }
-    let kind = &facts.description.kind;
-    (kind != "xfs" && kind != "btrfs").then(|| RootError::NoReflink { kind: kind.clone() })
+    (!facts.reflink).then(|| RootError::NoReflink { kind: facts.description.kind.clone() })
 }
 
 /// The directories of `--borrow`, resolved and checked.
@@ -174,7 +173,7 @@ pub(crate) fn to_borrow(store: &Store, config: &SealConfig) -> Result<Vec<PathBu
     let described = fsid::describe(store.dirfd());
     let facts = described.map_err(|e| StoreError::io("describe", store.dir(), e.source))?;
     if kind_error(&facts).is_none() {
-        return refuse(store.dir(), "--borrow is for file systems other than XFS and btrfs: leave it out");
+        return refuse(store.dir(), "--borrow is for file systems that can't share blocks, and this one can: leave it out");
     }
     let real = |path: &Path| std::fs::canonicalize(path).map_err(|e| StoreError::io("find", path, e));
     let here = rustix::fs::fstat(store.dirfd()).map_err(|e| StoreError::io("stat", store.dir(), e))?;
