@@ -173,7 +173,10 @@ pub(crate) fn to_borrow(store: &Store, config: &SealConfig) -> Result<Vec<PathBu
     let described = fsid::describe(store.dirfd());
     let facts = described.map_err(|e| StoreError::io("describe", store.dir(), e.source))?;
     if kind_error(&facts).is_none() {
-        return refuse(store.dir(), "--borrow is for file systems that can't share blocks, and this one can: leave it out");
+        return refuse(
+            store.dir(),
+            "--borrow is for file systems that can't share blocks, and this one can: leave it out",
+        );
     }
     let real = |path: &Path| std::fs::canonicalize(path).map_err(|e| StoreError::io("find", path, e));
     let here = rustix::fs::fstat(store.dirfd()).map_err(|e| StoreError::io("stat", store.dir(), e))?;
