@@ -106,7 +106,11 @@ fn one_directory(listing: &Listing) -> anyhow::Result<u64> {
     Ok(told)
 }
 
-fn own_cpu_s() -> anyhow::Result<f64> {
+/// Processor time of this process so far, in seconds.
+///
+/// # Errors
+/// As `getrusage(2)`.
+pub fn own_cpu_s() -> anyhow::Result<f64> {
     let usage = getrusage(UsageWho::RUSAGE_SELF)?;
     Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
 }

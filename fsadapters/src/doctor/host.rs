@@ -67,8 +67,8 @@ const OVERLAY_DATA: Capability = optional(
 const EROFS_FILE: Capability = optional(
     "erofs-file-backed",
     "6.12",
-    "sealed views: metadata images mounted without a loop device",
-    "a stub directory tree takes the image's place",
+    "sealed views: metadata images, mounted from their files",
+    "views can't be mounted",
 );
 const FUSE_PASSTHROUGH: Capability = optional(
     "fuse-passthrough",

@@ -42,8 +42,10 @@ pub(crate) enum RootError {
         "it is on another file system than the store {store:?}: use one store for each file system (--store DIR)"
     )]
     OtherFs { store: PathBuf },
-    #[error("it is sealed in the domain number {0}: unseal it first to seal it in another")]
-    OtherDomain(u32),
+    #[error(
+        "it is sealed in the domain {0:?}: give --domain {0:?}, or unseal it first to seal it in another"
+    )]
+    OtherDomain(String),
     #[error("its view is mounted or held by a process: unmount it first (`pagefold umount`)")]
     Live,
     #[error("its view has changes that the raw root has not: `pagefold commit` or `umount --discard` first")]
@@ -290,7 +292,8 @@ impl<'a> Known<'a> {
     /// The tree as it was sealed last, when it may be sealed again.
     fn sealed_before(&self, row: &RootRow) -> Result<Option<Previous>, RootError> {
         if row.domain != self.domain.id {
-            return Err(RootError::OtherDomain(row.domain));
+            let domain = self.store.domains()?.into_iter().find(|domain| domain.id == row.domain);
+            return Err(RootError::OtherDomain(domain.map_or_else(String::new, |domain| domain.name)));
         }
         // Whatever becomes of this seal: what views wrote needs the image that it was written over.
         for lost in heal(self.store, row, self.domain)? {
