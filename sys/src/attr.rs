@@ -1,6 +1,6 @@
 //! Extended file attributes (`FS_IOC_FSGETXATTR`, `FS_IOC_FSSETXATTR`): project id and the flags that directories hand down.
 //!
-//! What it deliberately does not do: the older flags word (immutable, no-COW, ...), which is `rustix::fs::ioctl_getflags`.
+//! What it deliberately does not do: the older flags word (no-COW, ...), which is `rustix::fs::ioctl_getflags`.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -30,6 +30,8 @@ const FS_IOC_FSSETXATTR: u64 = ioc::iow::<FileAttributes>(b'X', 32);
 const _: () = assert!(FS_IOC_FSGETXATTR == 0x801c_581f);
 const _: () = assert!(FS_IOC_FSSETXATTR == 0x401c_5820);
 
+/// Nobody may write, rename or remove it.
+pub const XFLAG_IMMUTABLE: u32 = 0x8;
 /// New files go to the real-time device.
 pub const XFLAG_RTINHERIT: u32 = 0x100;
 /// New files get the directory's project id.

@@ -9,7 +9,7 @@
 //! file make one anchor. What it deliberately does not do: publish, or touch the raw root (but for FIDEDUPERANGE under `--content`).
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -27,10 +27,12 @@ use crate::scan::Progress;
 use crate::store::{AnchorKey, AnchorRow, Build, ContentHash, Lookup, Signature, Store};
 
 mod borrow;
+mod guess;
 mod make;
 mod refresh;
 
 pub(crate) use borrow::Borrow;
+use guess::Guessed;
 
 /// How often a file that moves is looked at again.
 const TRIES: u32 = 4;
@@ -38,7 +40,7 @@ const TRIES: u32 = 4;
 /// Anchors up to this size are kept in memory once they were read, so that many clones' small files are compared with one reading.
 const SMALL_BYTES_MAX: u64 = 4096;
 /// How many of them.
-const SMALL_MAX: usize = 32 << 10;
+const SMALL_MAX: isize = 32 << 10;
 
 /// What was found out about a file's data.
 #[derive(Clone, Copy, Debug)]
@@ -62,6 +64,8 @@ impl Located {
 #[derive(Debug, Default)]
 pub(crate) struct Room {
     extents: Vec<RawExtent>,
+    /// Of an anchor, while `extents` holds a file's.
+    first: Vec<RawExtent>,
     bytes: Vec<u8>,
     other: Vec<u8>,
 }
@@ -86,6 +90,12 @@ pub(crate) struct Locator<'a> {
     pub build: &'a Build<'a>,
     pub lookup: &'a Lookup,
     pub domain: u32,
+    /// Its directory of anchors, once there is one.
+    pub layer: Option<OwnedFd>,
+    /// One root is walked: an anchor that is opened for one of its files serves no other, and its last reading is made at once.
+    pub alone: bool,
+    /// Small files whose extents said that their bytes lie in the metadata, and others (see `guess`).
+    inline: guess::Inline,
     /// `--content`.
     pub content: bool,
     /// `--borrow`: no place is asked, and nothing is cloned.
@@ -103,6 +113,8 @@ pub(crate) struct Locator<'a> {
     places: Map<(u64, Signature), Slot>,
     contents: Map<(u64, ContentHash), Slot>,
     small: Map<AnchorKey, Arc<[u8]>>,
+    /// How many more of them.
+    keep_small: AtomicIsize,
     /// Anchors of files that have not changed: whether they are there still.
     whole: Map<AnchorKey, bool>,
     /// Hints were looked at (see `refresh`).
@@ -139,6 +151,9 @@ impl<'a> Locator<'a> {
             build,
             lookup,
             domain: 0,
+            layer: None,
+            alone: false,
+            inline: guess::Inline::default(),
             content: false,
             borrow: None,
             progress,
@@ -151,6 +166,7 @@ impl<'a> Locator<'a> {
             places: Map::default(),
             contents: Map::default(),
             small: Map::default(),
+            keep_small: AtomicIsize::new(SMALL_MAX),
             whole: Map::default(),
             made: Map::default(),
             refreshed: AtomicBool::new(false),
@@ -309,12 +325,15 @@ impl<'a> Locator<'a> {
     }
 
     fn protected(&self, key: AnchorKey, size: u64) -> Option<Protected> {
-        let opened = self.store.open_anchor(self.domain, &key);
+        let opened = match &self.layer {
+            Some(layer) => Store::open_in_layer(layer, &key).ok(),
+            None => self.store.open_anchor(self.domain, &key).ok(),
+        };
         let judge = |file| match self.borrowed_row(&key) {
             Some(row) if row.size == size => Protected::borrowed(file, key, &row),
             _ => Protected::new(file, key, size),
         };
-        match opened.ok().map(judge) {
+        match opened.map(judge) {
             Some(Ok(Some(anchor))) => Some(anchor),
             _ => {
                 tracing::warn!(%key, "anchor is missing or damaged: `pagefold verify` tells more");
@@ -361,6 +380,19 @@ impl<'a> Locator<'a> {
         if !self.held_still(fd, stat)? {
             return Ok(None);
         }
+        self.by_hash(fd, stat, reading, (place, hash), room)
+    }
+
+    /// The same for a file that was hashed and held still meanwhile.
+    fn by_hash(
+        &self,
+        fd: BorrowedFd<'_>,
+        stat: &Stat,
+        reading: &Reading,
+        (place, hash): (Option<Signature>, ContentHash),
+        room: &mut Room,
+    ) -> Result<Option<(Stat, Located)>, WalkError> {
+        let size = reading.layout.size;
         let known = self.lookup.by_content(self.domain, size, &hash)?;
         let slot = self.slot(&self.contents, &(size, hash));
         for key in [known, slot].into_iter().flatten() {
@@ -420,13 +452,11 @@ impl<'a> Locator<'a> {
         }
         let cancel = self.progress.cancel_flag();
         if size <= SMALL_BYTES_MAX && self.borrow.is_none() {
-            let mut bytes = Vec::new();
-            self.reads.hash(anchor.file.as_fd(), size, &mut bytes, cancel)?;
-            let same = SameBytes::compare_read(&room.bytes, key, &bytes);
-            if self.small.len() < SMALL_MAX {
-                self.small.insert(key, bytes.into());
+            self.reads.read(anchor.file.as_fd(), size, &mut room.other, |_, _| Ok(true))?;
+            if !self.alone && self.keep_small.fetch_sub(1, Ordering::Relaxed) > 0 {
+                self.small.insert(key, room.other[..].into());
             }
-            return Ok(same);
+            return Ok(SameBytes::compare_read(&room.bytes, key, &room.other));
         }
         let borrowed = self.borrowed_row(&key).is_some();
         if borrowed && !self.is_quiet(&anchor.file, &anchor.stat) {
@@ -458,7 +488,9 @@ impl<'a> Locator<'a> {
             drop(made);
             return self.others(fd, stat, reading, other, name, room);
         }
-        let Some((row, key, shown, stat)) = self.make(fd, stat, name, room)? else { return Ok(None) };
+        let Some((row, key, shown, stat)) = self.make(fd, stat, reading, name, room)? else {
+            return Ok(None);
+        };
         let agrees = match name {
             Name::Place(place) => row.signature == Some(place),
             Name::Content(hash) => row.content == Some(hash),
@@ -513,6 +545,11 @@ impl FileLook for Locator<'_> {
             return Ok((*file.stat, located));
         }
         let mut before = *file.stat;
+        let mut read = match self.by_guess(&file, room)? {
+            Guessed::Found(stat, located) => return Ok((stat, located)),
+            Guessed::Read(reading, stat) => Some((reading, stat)),
+            Guessed::Nothing => None,
+        };
         for _ in 0..TRIES {
             if self.clone_only {
                 break;
@@ -520,8 +557,15 @@ impl FileLook for Locator<'_> {
             if before.st_size == 0 {
                 return Ok((before, Located::at(Shown::Empty)));
             }
-            let read = self.readings.read(file.fd, &before, &mut room.extents);
-            let (reading, after) = read.map_err(|e| WalkError::here("read the extent map of", e))?;
+            let (reading, after) = match read.take() {
+                Some(read) => read,
+                None => {
+                    let read = self.readings.read(file.fd, &before, &mut room.extents);
+                    let read = read.map_err(|e| WalkError::here("read the extent map of", e))?;
+                    self.inline.learn(&read.0.layout);
+                    read
+                }
+            };
             // Before Linux 6.5 nobody knows what is dirty: the bytes decide then.
             let usable = reading.is_settled()
                 || (!reading.moved && reading.cache == pagefold_engine::layout::CacheState::Unknown);

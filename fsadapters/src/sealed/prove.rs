@@ -17,6 +17,7 @@ use rustix::fs::{AtFlags, CWD, FileType, IFlags, Stat, StatxAttributes, StatxFla
 use rustix::io::Errno;
 
 use super::bytes::Bytes;
+use super::reading::Stamp;
 use super::tree::{Data, Inode, Node};
 use crate::reflink::{self, DedupeDest, Deduped, ReflinkError};
 use crate::store::{AnchorKey, AnchorRow};
@@ -95,6 +96,19 @@ pub(crate) fn looks_whole(path: &Path, size: u64) -> bool {
         && stat.stx_size == size
         && stat.stx_mode & 0o222 == 0
         && stat.stx_attributes.contains(StatxAttributes::IMMUTABLE)
+}
+
+/// The stamp of an open file that is what [`Protected::new`] asks of an anchor, by one call.
+pub(crate) fn anchor_stamp(file: BorrowedFd<'_>, size: u64) -> io::Result<Option<Stamp>> {
+    let wanted = StatxFlags::BASIC_STATS;
+    let stat = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, wanted)?;
+    let looks = FileType::from_raw_mode(u32::from(stat.stx_mode)) == FileType::RegularFile
+        && stat.stx_size == size
+        && stat.stx_mode & 0o222 == 0
+        && stat.stx_attributes.contains(StatxAttributes::IMMUTABLE);
+    let (c, m) = (stat.stx_ctime, stat.stx_mtime);
+    let stamp = (size.cast_signed(), c.tv_sec, u64::from(c.tv_nsec), m.tv_sec, u64::from(m.tv_nsec));
+    Ok(looks.then_some(stamp))
 }
 
 fn is_immutable(file: BorrowedFd<'_>) -> io::Result<bool> {

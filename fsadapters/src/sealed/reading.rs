@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use pagefold_engine::identity::{AddressSpace, Identity};
+use pagefold_engine::identity::{AddressSpace, Identity, Undecided};
 use pagefold_engine::layout::{CacheState, ExtentFlags, Layout, MapFacts, RawExtent};
 use pagefold_engine::units::{FsId, PageSize};
 use pagefold_engine::whole::{Moment, Reading};
@@ -76,6 +76,67 @@ impl Readings {
         let began = self.now();
         let size = before.st_size.cast_unsigned();
         let first = self.dirty(file, size)?;
+        let space = self.map(file, size, room)?;
+        let second = self.dirty(file, size)?;
+        let after = rustix::fs::fstat(file)?;
+        let cache = state(first, second);
+        let layout = Layout::from_extents(MapFacts { size, extents: room, space, cache, page: self.page });
+        let reading =
+            Reading { began, ended: self.now(), layout, cache, moved: stamp(before) != stamp(&after) };
+        Ok((reading, after))
+    }
+
+    /// Two readings of an anchor, one before and one after what `middle` does, for a proof on the spot. `before`: the stamp of the
+    /// anchor a moment ago; `rooms` are buffers, the second of which `middle` is given.
+    ///
+    /// Pages are counted before the first map and after the last, and so are the attributes looked at: for either map that is
+    /// before and after it (design 5.6), only further away. That says no less: a store that came and was written back in
+    /// between would have moved the change time, which is the same at both ends.
+    ///
+    /// # Errors
+    /// As the kernel says, or `middle`.
+    pub fn around<T>(
+        &self,
+        anchor: BorrowedFd<'_>,
+        before: Stamp,
+        rooms: (&mut Vec<RawExtent>, &mut Vec<RawExtent>),
+        middle: impl FnOnce(&mut Vec<RawExtent>) -> io::Result<T>,
+    ) -> io::Result<(Reading, T, Reading)> {
+        let (first, last) = rooms;
+        let size = before.0.cast_unsigned();
+        let opened = self.now();
+        let clean = self.dirty(anchor, size)?;
+        let space = self.map(anchor, size, first)?;
+        let mapped = self.now();
+        let between = middle(last)?;
+        let again = self.now();
+        let space_again = self.map(anchor, size, last)?;
+        let cache = state(clean, self.dirty(anchor, size)?);
+        let moved = before != stamp(&rustix::fs::fstat(anchor)?);
+        let closed = self.now();
+        let reading = |began, ended, extents: &[RawExtent], space| {
+            let layout = Layout::from_extents(MapFacts { size, extents, space, cache, page: self.page });
+            Reading { began, ended, layout, cache, moved }
+        };
+        let first = reading(opened, mapped, first, space);
+        let last = reading(again, closed, last, space_again);
+        Ok((first, between, last))
+    }
+
+    /// A reading of a file that was not asked for its map: nothing can be proved by place with it.
+    pub fn unasked(&self, size: u64) -> Reading {
+        let (began, ended) = (self.now(), self.now());
+        let layout = Layout::undecided(size, self.page, Undecided::Inline);
+        Reading { began, ended, layout, cache: CacheState::Clean, moved: false }
+    }
+
+    /// The synced map, into `room`, and where its addresses are unique.
+    fn map(
+        &self,
+        file: BorrowedFd<'_>,
+        size: u64,
+        room: &mut Vec<RawExtent>,
+    ) -> io::Result<Option<AddressSpace>> {
         let class = fsid::device_class(file, self.has_realtime).filter(|_| self.physical);
         room.clear();
         if class.is_some() {
@@ -86,18 +147,7 @@ impl Readings {
             });
             read.map_err(|e: FiemapError| io::Error::from(e))?;
         }
-        let second = self.dirty(file, size)?;
-        let after = rustix::fs::fstat(file)?;
-        let cache = match (first, second) {
-            (Some(false), Some(false)) => CacheState::Clean,
-            (Some(_), Some(_)) => CacheState::Dirty,
-            _ => CacheState::Unknown,
-        };
-        let space = class.map(|class| AddressSpace { fs: FsId(0), class });
-        let layout = Layout::from_extents(MapFacts { size, extents: room, space, cache, page: self.page });
-        let reading =
-            Reading { began, ended: self.now(), layout, cache, moved: stamp(before) != stamp(&after) };
-        Ok((reading, after))
+        Ok(class.map(|class| AddressSpace { fs: FsId(0), class }))
     }
 
     /// Whether a page up to `size` is dirty or under writeback; `None` where that can't be known.
@@ -112,8 +162,19 @@ impl Readings {
     }
 }
 
+fn state(first: Option<bool>, second: Option<bool>) -> CacheState {
+    match (first, second) {
+        (Some(false), Some(false)) => CacheState::Clean,
+        (Some(_), Some(_)) => CacheState::Dirty,
+        _ => CacheState::Unknown,
+    }
+}
+
+/// Size, change time, modification time.
+pub(crate) type Stamp = (i64, i64, u64, i64, u64);
+
 /// What must not change between two looks.
-pub(crate) fn stamp(stat: &Stat) -> (i64, i64, u64, i64, u64) {
+pub(crate) fn stamp(stat: &Stat) -> Stamp {
     (stat.st_size, stat.st_ctime, stat.st_ctime_nsec, stat.st_mtime, stat.st_mtime_nsec)
 }
 

@@ -14,7 +14,7 @@ use std::time::Instant;
 use super::locate::{Borrow, Locator};
 use super::reading::Readings;
 use super::report::{Counts, Outcome, Phases, RootSeal, SEAL_SCHEMA, SKIPPED_MAX, SealReport};
-use super::walk::{Sketch, WalkRoot, walk};
+use super::walk::{Model, Sketch, WalkRoot, walk};
 use crate::fsid;
 use crate::scan::{Failure, Progress, Skipped};
 use crate::store::{DomainRow, Publication, SealId, Store, StoreError, step};
@@ -260,6 +260,8 @@ impl<'a> Session<'a> {
     fn walk(&mut self, group: Vec<OpenRoot>, locator: &mut Locator<'_>) -> Vec<Walked> {
         locator.sealed_at = group.iter().map(|root| root.sealed_at()).collect();
         locator.clone_only = false;
+        locator.alone = group.len() == 1;
+        locator.layer = locator.layer.take().or_else(|| self.store.data_layer(self.domain.id).ok());
         let mut rest = Vec::new();
         let mut roots = Vec::new();
         for mut root in group {
@@ -267,7 +269,8 @@ impl<'a> Session<'a> {
             roots.push(WalkRoot { fd, path: root.path.clone(), previous, avoid: root.store_inode });
             rest.push(root);
         }
-        let sketches = walk(&roots, locator, self.config.threads, self.progress);
+        let model = self.base.as_ref().and_then(|base| Model::new(base.tree()));
+        let sketches = walk(&roots, model.as_ref(), locator, self.config.threads, self.progress);
         let mut walked = Vec::new();
         for ((mut root, back), sketch) in rest.into_iter().zip(roots).zip(sketches) {
             root.take_back(back);

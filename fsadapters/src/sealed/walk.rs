@@ -32,7 +32,7 @@ mod assemble;
 mod previous;
 mod worker;
 
-pub use previous::Previous;
+pub use previous::{Model, Previous};
 
 /// What is found out about regular files, from several threads.
 pub trait FileLook: Sync {
@@ -59,6 +59,8 @@ pub struct FileAt<'a> {
     pub stat: &'a Stat,
     /// The file of this name when the root was sealed last.
     pub previous: Option<&'a Inode>,
+    /// What the model has under this name: which anchor to try first, and proof of nothing.
+    pub guess: Option<&'a Inode>,
 }
 
 /// A root to walk.
@@ -163,20 +165,28 @@ impl WalkError {
     }
 }
 
-/// Walks `roots` with `threads` threads. One result a root, in order.
+/// Walks `roots` with `threads` threads, with `model` at hand for guesses. One result a root, in order.
 ///
 /// # Panics
 /// When `look` does.
 pub fn walk<L: FileLook>(
     roots: &[WalkRoot],
+    model: Option<&Model<'_>>,
     look: &L,
     threads: usize,
     progress: &Progress,
 ) -> Vec<Result<Sketch<L::Found>, WalkError>> {
     let tasks = (0..roots.len()).rev().map(Task::Root).collect();
     let failed = roots.iter().map(|_| AtomicBool::new(false)).collect();
-    let shared =
-        Shared { roots, look, progress, tasks: TaskStack::new(tasks), next: AtomicU32::new(0), failed };
+    let shared = Shared {
+        roots,
+        model,
+        look,
+        progress,
+        tasks: TaskStack::new(tasks),
+        next: AtomicU32::new(0),
+        failed,
+    };
     let mut gathered = assemble::Gathered::new(roots.len());
     std::thread::scope(|scope| {
         let workers: Vec<_> =
@@ -188,12 +198,13 @@ pub fn walk<L: FileLook>(
     if progress.is_cancelled() {
         return roots.iter().map(|_| Err(WalkError::Cancelled)).collect();
     }
-    gathered.into_sketches()
+    gathered.into_sketches(threads.min(roots.len()))
 }
 
 /// What the threads have in common.
 struct Shared<'a, L> {
     roots: &'a [WalkRoot],
+    model: Option<&'a Model<'a>>,
     look: &'a L,
     progress: &'a Progress,
     tasks: TaskStack<Task>,
@@ -223,6 +234,8 @@ struct Node {
     path: PathBuf,
     /// The directory of this name when the root was sealed last.
     previous: Option<super::tree::EntryId>,
+    /// The model's directory of this path.
+    guess: Option<super::tree::EntryId>,
     again: bool,
     /// Change time before it was listed.
     ctime: (i64, u64),

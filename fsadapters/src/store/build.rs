@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use pagefold_sys::attr;
 use rustix::fs::{AtFlags, IFlags, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -274,6 +275,15 @@ fn write_file(store: &Store, name: &str, bytes: &[u8]) -> Result<OwnedFd, StoreE
 }
 
 fn make_immutable(file: impl AsFd) -> Result<(), Errno> {
+    // By the wider call where there is one: btrfs then changes this flag alone; for the older call it looks for the file's compression
+    // property too, to take it away, and reserves room for that.
+    let wide = attr::file_attributes(file.as_fd()).and_then(|mut attributes| {
+        attributes.flags |= attr::XFLAG_IMMUTABLE;
+        attr::set_file_attributes(file.as_fd(), attributes)
+    });
+    if wide.is_ok() {
+        return Ok(());
+    }
     let flags = rustix::fs::ioctl_getflags(&file)?;
     rustix::fs::ioctl_setflags(&file, flags | IFlags::IMMUTABLE)
 }

@@ -357,6 +357,15 @@ impl Store {
         self.open_file(&anchor_name(domain, key))
     }
 
+    /// The same, in a layer that is open already ([`Self::data_layer`]): half the path to walk. Of what kind it is, is for the caller to see.
+    ///
+    /// # Errors
+    /// As `openat(2)`.
+    pub(crate) fn open_in_layer(layer: impl AsFd, key: &AnchorKey) -> Result<File, Errno> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOATIME;
+        Ok(rustix::fs::openat(layer, key.path(), flags, Mode::empty())?.into())
+    }
+
     fn open_file(&self, name: &str) -> Result<File, StoreError> {
         let path = || self.dir.join(name);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOATIME;

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use pagefold_engine::whole::Opened;
+use pagefold_engine::whole::{Opened, Reading};
 use rustix::fs::Stat;
 
 use super::{First, Located, Locator, Name, Room};
@@ -22,6 +22,7 @@ impl Locator<'_> {
         &self,
         fd: BorrowedFd<'_>,
         before: &Stat,
+        reading: &Reading,
         name: Name,
         room: &mut Room,
     ) -> Result<Option<(AnchorRow, AnchorKey, Shown, Stat)>, WalkError> {
@@ -47,7 +48,16 @@ impl Locator<'_> {
             Name::Content(hash) => Some(hash),
             Name::Place(_) => None,
         };
-        let (row, key) = self.finish(new, before.st_size.cast_unsigned(), content, room)?;
+        if self.borrow.is_some() || !reading.is_settled() {
+            let (row, key) = self.finish(new, size, content, room)?;
+            return Ok(Some((row, key, Shown::Cloned(cloned), *before)));
+        }
+        // A clone lies where the file lies, which held still: no need to ask. This is a hint, and read again before anything is proved with it.
+        let signature = signature(&reading.layout);
+        let (key, serial) = (new.key, new.serial);
+        new.finish()?;
+        let row =
+            AnchorRow { serial, domain: self.domain, size, signature, content, borrowed: None, stamp: None };
         Ok(Some((row, key, Shown::Cloned(cloned), *before)))
     }
 

@@ -49,6 +49,11 @@ impl Base {
         }
     }
 
+    /// The root that was chosen, as it was sealed.
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
     /// What `tree` has that this has not; `None` where that is not worth an image of its own kind.
     pub fn difference(&self, tree: &Tree) -> Option<Difference> {
         // Clones, in a tenth of the time.

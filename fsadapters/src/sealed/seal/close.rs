@@ -148,7 +148,7 @@ fn one_again(
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_ino != inode.raw.ino {
         return Err(WalkError::here("look again at", rustix::io::Errno::STALE));
     }
-    let file = FileAt { root: 0, fd: fd.as_fd(), stat: &stat, previous: None };
+    let file = FileAt { root: 0, fd: fd.as_fd(), stat: &stat, previous: None, guess: None };
     let (stat, located) = locator.look(file, room)?;
     // As new as the change time that goes with them.
     let xattrs = XattrBuffer::default().of_open(fd.as_fd());

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use rustc_hash::FxHashMap;
 
@@ -61,8 +62,27 @@ impl<F> Gathered<F> {
         }
     }
 
-    pub fn into_sketches(self) -> Vec<Result<Sketch<F>, WalkError>> {
-        self.roots.into_iter().map(Found::into_sketch).collect()
+    /// One result a root, in order; several at a time.
+    pub fn into_sketches(self, threads: usize) -> Vec<Result<Sketch<F>, WalkError>>
+    where
+        F: Send,
+    {
+        let mut done: Vec<Option<Result<Sketch<F>, WalkError>>> = self.roots.iter().map(|_| None).collect();
+        let tasks = Mutex::new(self.roots.into_iter().zip(&mut done));
+        let work = || {
+            loop {
+                let next = tasks.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let Some((found, slot)) = next else { return };
+                *slot = Some(found.into_sketch());
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..threads {
+                scope.spawn(work);
+            }
+            work();
+        });
+        done.into_iter().map(|sketch| sketch.unwrap_or(Err(WalkError::Cancelled))).collect()
     }
 }
 

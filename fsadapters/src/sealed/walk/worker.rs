@@ -45,6 +45,7 @@ struct Opened {
     depth: usize,
     path: PathBuf,
     previous: Option<crate::sealed::tree::EntryId>,
+    guess: Option<crate::sealed::tree::EntryId>,
     again: bool,
 }
 
@@ -107,7 +108,19 @@ impl<'a, L: FileLook> Worker<'a, L> {
         let stat = rustix::fs::fstat(&fd).map_err(|e| WalkError::here("stat", e))?;
         let previous = given.previous.as_ref().map(|_| crate::sealed::tree::EntryId(0));
         let (name, path) = (Box::default(), PathBuf::new());
-        self.list(Opened { fd, stat, parent: None, root, name, depth: 0, path, previous, again: false })
+        let guess = self.shared.model.map(|_| crate::sealed::tree::EntryId(0));
+        self.list(Opened {
+            fd,
+            stat,
+            parent: None,
+            root,
+            name,
+            depth: 0,
+            path,
+            previous,
+            guess,
+            again: false,
+        })
     }
 
     fn dir(&mut self, parent: &Arc<Node>, name: &[u8]) -> Result<(), WalkError> {
@@ -142,6 +155,7 @@ impl<'a, L: FileLook> Worker<'a, L> {
             depth: parent.depth + 1,
             path: below(&parent.path, name),
             previous,
+            guess: self.shared.model.zip(parent.guess).and_then(|(tree, dir)| tree.child(dir, name)),
             again: false,
         })
     }
@@ -179,6 +193,7 @@ impl<'a, L: FileLook> Worker<'a, L> {
             depth: dir.depth,
             path: dir.path,
             previous: dir.previous,
+            guess: dir.guess,
             again: dir.again,
             left: AtomicU32::new(1 + groups.len() as u32),
         });
@@ -233,6 +248,7 @@ impl<'a, L: FileLook> Worker<'a, L> {
             depth: node.depth,
             path: node.path.clone(),
             previous: node.previous,
+            guess: node.guess,
             again: true,
         })
     }
@@ -288,7 +304,9 @@ impl<'a, L: FileLook> Worker<'a, L> {
             buffer.of_open(fd).map_err(|e| WalkError::here("read attributes of", e))
         };
         let mut xattrs = read(&mut self.xattrs)?;
-        let file = FileAt { root: node.root, fd, stat, previous };
+        let guess = self.shared.model.zip(node.guess);
+        let guess = guess.and_then(|(tree, dir)| Some(tree.inode(tree.child(dir, name)?)));
+        let file = FileAt { root: node.root, fd, stat, previous, guess };
         let (now, found) = self.shared.look.look(file, &mut self.scratch)?;
         if (now.st_ctime, now.st_ctime_nsec) != (stat.st_ctime, stat.st_ctime_nsec) {
             xattrs = read(&mut self.xattrs)?;
