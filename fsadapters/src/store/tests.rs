@@ -437,8 +437,7 @@ fn a_damaged_index_is_told_or_harmless_and_never_touched() {
     let path = dir.join("index.redb");
     let good = fs::read(&path).unwrap();
     let used = good.iter().rposition(|b| *b != 0).unwrap() + 1;
-    let mut seed = 1;
-    let (mut told, mut harmless) = (0, 0);
+    let (mut seed, mut told, mut harmless) = (1, 0, 0);
     for round in 0..300 {
         let mut bad = good.clone();
         match round % 8 {
