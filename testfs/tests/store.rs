@@ -263,8 +263,10 @@ fn privileged_verify_names_what_is_wrong() {
         fs::write(store.root_dir(root.id, 1).join("manifest"), "no manifest").unwrap();
         fs::remove_dir(store.root_dir(root.id, 1).join("work")).unwrap();
         let report = store.verify(&Task::default()).unwrap();
-        let found: Vec<(PathBuf, ProblemKind)> =
+        let mut found: Vec<(PathBuf, ProblemKind)> =
             report.problems.iter().map(|p| (p.path.clone(), p.kind)).collect();
+        // The first is open now, and by its change time it was opened.
+        found.dedup();
         let wanted = [
             (path(0), ProblemKind::Open),
             (path(1), ProblemKind::Missing),
