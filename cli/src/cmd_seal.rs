@@ -123,6 +123,15 @@ fn exit_of(report: &SealReport) -> Exit {
     }
 }
 
+/// The image, with the number of entries that lie over it.
+fn image(root: &RootSeal) -> String {
+    let digest = root.layers.first().map_or("", |digest| &digest[..12]);
+    match root.diff_entries {
+        0 => digest.to_owned(),
+        entries => format!("{digest} +{}", human::count(entries)),
+    }
+}
+
 fn table(report: &SealReport) -> String {
     let sealed: Vec<&RootSeal> = report.roots.iter().filter(|root| root.outcome != Outcome::Failed).collect();
     let mut text = String::new();
@@ -145,7 +154,7 @@ fn table(report: &SealReport) -> String {
                 human::count(counts.hits),
                 human::count(counts.made),
                 human::count(counts.by_content),
-                root.layers.first().map_or_else(String::new, |digest| digest[..12].to_owned()),
+                image(root),
                 note,
             ]);
         }

@@ -36,9 +36,10 @@ struct Scenario {
     after: fn() -> Files,
 }
 
-const SCENARIOS: [Scenario; 6] = [
+const SCENARIOS: [Scenario; 7] = [
     Scenario { name: "seal", before: |_| (), command: seal_both, after: sealed_files },
     Scenario { name: "seal again", before: sealed_and_changed, command: seal_both, after: changed_files },
+    Scenario { name: "seal a layer", before: little_changed, command: seal_both, after: changed_files },
     Scenario { name: "mount", before: sealed, command: mount_first, after: sealed_files },
     Scenario { name: "commit", before: written, command: commit_first, after: written_files },
     Scenario { name: "gc", before: orphaned, command: |rig| on_store(rig, &["gc"]), after: changed_files },
@@ -122,6 +123,14 @@ fn sealed_and_changed(rig: &ViewRig) {
     std::fs::write(rig.path("one/dir/f0"), vec![77; 9000]).expect("room on the rig");
     std::fs::remove_file(rig.path("one/dir/f1")).expect("it is there");
     must(Command::new("sync").arg("-f").arg(rig.rig.path()));
+}
+
+/// So much stays as it is that the change becomes a layer over the image.
+fn little_changed(rig: &ViewRig) {
+    for n in 0..40 {
+        rig.make_dir(&format!("one/filler/d{n}"));
+    }
+    sealed_and_changed(rig);
 }
 
 /// A root that was sealed twice and one that was unsealed: anchors and an image that nobody needs.
@@ -289,9 +298,10 @@ fn stops(child: &mut Child) -> bool {
 
 fn every_step(fs: RigFs, crash: Crash) {
     let mut rig = ViewRig::new(fs);
-    let mut crashes = 0;
+    let (mut crashes, mut layers) = (0, false);
     for scenario in &SCENARIOS {
         for step in steps_of(&rig, scenario) {
+            layers |= scenario.name == "seal a layer" && step == "seal.diff.made";
             prepare(&rig);
             let layer = borrows(&rig).then(|| layer_facts(&rig));
             (scenario.before)(&rig);
@@ -310,6 +320,7 @@ fn every_step(fs: RigFs, crash: Crash) {
         }
     }
     assert!(crashes > 20, "only {crashes} crashes: steps are missing");
+    assert!(layers, "no layer was made");
 }
 
 /// Runs the command again. What had been done already is no error: a view that is mounted, a store that is gone.

@@ -27,6 +27,11 @@ struct Farm {
 
 impl Farm {
     fn new(kind: RigFs) -> Farm {
+        Farm::changed(kind, |_| {})
+    }
+
+    /// `change` comes before the roots are sealed.
+    fn changed(kind: RigFs, change: impl FnOnce(&Farm)) -> Farm {
         let rig = rig(kind);
         for name in NAMES {
             fs::create_dir_all(rig.path().join("roots").join(name)).expect("a root");
@@ -51,6 +56,7 @@ impl Farm {
         fs::write(farm.raw("a", "alone"), noise(3, (ALONE * PAGE) as usize)).expect("data");
         fs::write(farm.raw("a", "empty"), b"").expect("data");
         sync(&first);
+        change(&farm);
         let roots = NAMES.map(|name| farm.raw(name, ""));
         assert_eq!(farm.run(&["seal"], &roots.each_ref().map(PathBuf::as_path)).1, 0);
         farm
@@ -220,6 +226,48 @@ fn privileged_status_tells_three_savings_apart_xfs() {
 #[test]
 fn privileged_status_tells_three_savings_apart_btrfs() {
     could_is_now(RigFs::Btrfs);
+}
+
+/// Files of a layer over a shared image are numbered on the file system of what views write, and are no less known.
+fn files_of_a_layer_are_known(kind: RigFs) {
+    let farm = Farm::changed(kind, |farm| {
+        for n in 0..40 {
+            fs::create_dir_all(farm.raw("a", &format!("filler/d{n}"))).expect("room on the rig");
+        }
+        for clone in ["b", "c"] {
+            fs::remove_dir_all(farm.raw(clone, "")).expect("there");
+            let status = Command::new("cp").arg("-a").args([farm.raw("a", ""), farm.raw(clone, "")]).status();
+            assert!(status.expect("cp starts").success());
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+            fs::set_permissions(farm.raw(clone, "sleep"), mode).expect("own");
+        }
+        sync(&farm.raw("a", ""));
+    });
+    farm.mount();
+    let sleepers = NAMES.map(|name| farm.sleeper(name));
+    let status = farm.status();
+    let rss = sleepers.iter().map(Sleeper::mapped).map(|m| m.0).sum::<u64>();
+    let of_views: u64 = NAMES.iter().map(|name| number(root(&status, name), "mapped_bytes")).sum();
+    assert!(rss > 0);
+    assert_eq!(of_views, rss, "each view's own mapped pages, as smaps tells them");
+    drop(sleepers);
+    // The same number is kept by a copy of the file.
+    append(&farm.view("b", "sleep"), b"more");
+    fs::write(farm.view("b", "new"), noise(4, 5000)).expect("room on the rig");
+    let sleepers = NAMES.map(|name| farm.sleeper(name));
+    let status = farm.status();
+    assert_eq!(number(root(&status, "b"), "mapped_bytes"), 0, "its pages are its own");
+    assert_eq!(number(root(&status, "c"), "mapped_bytes"), sleepers[2].mapped().0);
+}
+
+#[test]
+fn privileged_status_knows_files_of_a_layer_xfs() {
+    files_of_a_layer_are_known(RigFs::Xfs);
+}
+
+#[test]
+fn privileged_status_knows_files_of_a_layer_btrfs() {
+    files_of_a_layer_are_known(RigFs::Btrfs);
 }
 
 #[test]

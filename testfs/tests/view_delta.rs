@@ -1,4 +1,4 @@
-//! A small image over another one shows a changed tree as the tree's own image would: on the kernel's overlayfs, layers as a view
+//! A layer of differences over an image shows a changed tree as the tree's own image would: on the kernel's overlayfs, layers as a view
 //! has them.
 
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use pagefold_fsadapters::sealed::delta::delta;
 use pagefold_fsadapters::sealed::tree::{
     Data, Entry, EntryId, Inode, InodeIndex, Meta, Node, RawFacts, Tree,
 };
-use pagefold_fsadapters::sealed::{gone, image, image_mount, upper};
+use pagefold_fsadapters::sealed::{diff, image, image_mount, upper};
 use pagefold_fsadapters::store::key::AnchorKey;
 use pagefold_testfs::rig::{LoopRig, RigFs};
 use rustix::fs::{Mode, OFlags};
@@ -142,15 +142,15 @@ fn privileged_a_delta_over_a_base_shows_what_its_own_image_shows() {
             at
         };
         let (whole_at, stacked_at) = (root_dir("whole"), root_dir("stacked"));
-        gone::write(&stacked_at, &difference.gone).unwrap();
+        let digest = diff::write(&stacked_at, &difference, None).unwrap();
         let whole = shown(&store, &whole_at, vec![mounted(&new)]);
-        let layers = vec![mounted(&difference.tree), dir(&stacked_at.join(gone::GONE)), mounted(&base)];
+        let layers = vec![diff::open(&stacked_at, digest).unwrap(), mounted(&base)];
         let stacked = shown(&store, &stacked_at, layers);
         assert_eq!(stacked, whole, "{fs:?}");
         assert_eq!(whole[Path::new("a/made")].3, b"888");
         assert_eq!(whole[Path::new("a/linked")].2, 1);
         assert!(!whole.contains_key(Path::new("gonedir")));
-        for tree in [&base, &new, &difference.tree] {
+        for tree in [&base, &new] {
             let digest = image::build(tree).unwrap().digest;
             image_mount::unmounted(&store.join("mounts"), digest).unwrap();
         }

@@ -21,9 +21,9 @@ pub struct Layers {
     pub upper: OwnedFd,
     /// Overlayfs' scratch directory: on the same mount as `upper`.
     pub work: OwnedFd,
-    /// Metadata images, from top to bottom.
+    /// Layers of metadata, from top to bottom: of differences, image.
     pub images: Vec<OwnedFd>,
-    /// Where the images' files find their data.
+    /// Where their files find their data.
     pub data: Option<OwnedFd>,
     /// Detached mounts that layers were opened in: such a mount is dissolved when its own descriptor goes, and then overlayfs
     /// can't use it (`EINVAL`).

@@ -1,27 +1,17 @@
-//! What one sealed tree has that another has not: the small image that goes on top of the other's.
+//! What one sealed tree has that another has not: the layer that goes on top of the other's image.
 //!
 //! Metadata images are cached like files. Sixty-four roots that differ in a few files each would cache sixty-four whole images;
-//! with a delta they cache one and the differences. An overlay of [delta, whiteouts, base] shows the new tree:
+//! with a layer of differences ([`super::diff`]) they cache one. An overlay of [differences, base] shows the new tree:
 //!
-//! * a directory with a difference below it is in the delta, with its own metadata, and merges with the base's;
-//! * a name that is gone is a whiteout. The image format can't hold one, so whiteouts are a layer of plain directories
-//!   ([`Delta::gone`]);
-//! * hard links: a group whose names or contents differ in any way is in the delta whole.
+//! * a directory with a difference below it is in the layer, with its own metadata, and merges with the base's;
+//! * a name that is gone is a whiteout: a character device 0/0, which no sealed root itself holds ([`super::image::check`]);
+//! * hard links: a group whose names or contents differ in any way is in the layer whole.
 //!
-//! Invariant: base plus delta is the new tree exactly (tested as a property). What it deliberately does not do: choose the base.
+//! Invariant: base plus layer is the new tree exactly (tested as a property). What it deliberately does not do: choose the base.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
-use super::tree::{Entry, EntryId, Inode, InodeIndex, Node, Tree};
-
-/// The differences from a base.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Delta {
-    /// What is new or different, and the directories that lead there.
-    pub tree: Tree,
-    /// Paths below the root that the base has and the new tree has not, ascending; their parents are in `tree`.
-    pub gone: Vec<Vec<u8>>,
-}
+use super::tree::{Entry, EntryId, Inode, InodeIndex, Meta, Node, RawFacts, Tree};
 
 /// The children of each directory, ascending by name.
 struct Children(Vec<Vec<EntryId>>);
@@ -64,13 +54,15 @@ struct Differ<'a> {
     new_children: Children,
     /// Entries of the new tree that go into the delta.
     wanted: Vec<bool>,
-    gone: Vec<Vec<u8>>,
+    /// Names that the base has and the new tree has not, ascending, by directory of the new tree.
+    gone: BTreeMap<EntryId, Vec<Box<[u8]>>>,
 }
 
-/// The differences of `new` from `base`; `None` where a delta can't show them: the image format hides names of two hex digits
-/// in the top directory of whatever lies below it.
+/// The layer that makes `new` of `base`; raw facts are left out, equal layers are equal. `None` where an overlay would not show it:
+/// overlayfs looks for a redirect `/xx/...` in the layers below first, and an entry of two hex digits in the top directory of the base
+/// would be taken for the place of anchors.
 #[must_use]
-pub fn delta(base: &Tree, new: &Tree) -> Option<Delta> {
+pub fn delta(base: &Tree, new: &Tree) -> Option<Tree> {
     let base_children = Children::of(base);
     let hidden = |name: &[u8]| name.len() == 2 && name.iter().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
     let roots = base_children.get(EntryId(0));
@@ -84,15 +76,14 @@ pub fn delta(base: &Tree, new: &Tree) -> Option<Delta> {
         new_links: link_groups(new),
         new_children: Children::of(new),
         wanted: vec![false; new.entries.len()],
-        gone: Vec::new(),
+        gone: BTreeMap::new(),
     };
     differ.wanted[0] = true;
     let mut dirs = vec![(EntryId(0), EntryId(0))];
     while let Some((in_base, in_new)) = dirs.pop() {
         differ.directory(base_children.get(in_base), in_new, &mut dirs);
     }
-    differ.gone.sort_unstable();
-    Some(Delta { tree: chosen(new, &differ.wanted), gone: differ.gone })
+    Some(layer(new, &differ.wanted, &differ.gone))
 }
 
 impl Differ<'_> {
@@ -112,7 +103,7 @@ impl Differ<'_> {
             };
             match (order, left, right) {
                 (std::cmp::Ordering::Less, Some(l), _) => {
-                    self.gone.push(self.base.path(l));
+                    self.gone.entry(new_dir).or_default().push(name_of(self.base, l));
                     self.want(new_dir);
                     b += 1;
                 }
@@ -172,22 +163,56 @@ impl Differ<'_> {
     }
 }
 
-/// The wanted entries of a tree, in its order.
-fn chosen(tree: &Tree, wanted: &[bool]) -> Tree {
-    let mut out = Tree::default();
+/// Overlayfs' mark for "not here".
+pub(super) fn whiteout() -> Inode {
+    let meta = Meta { mode: 0, uid: 0, gid: 0, mtime: (0, 0), xattrs: Vec::new() };
+    Inode { meta, raw: RawFacts::default(), node: Node::CharDevice(0) }
+}
+
+/// The wanted entries of a tree in its order, with whiteouts for the names that are gone. The top directory's own metadata is not
+/// told: no layer shows it.
+fn layer(tree: &Tree, wanted: &[bool], gone: &BTreeMap<EntryId, Vec<Box<[u8]>>>) -> Tree {
+    let mut out = Tree { entries: Vec::new(), inodes: vec![Inode { node: Node::Dir, ..whiteout() }] };
     let mut entry_at = vec![EntryId(0); tree.entries.len()];
-    let mut inode_at: HashMap<InodeIndex, InodeIndex> = HashMap::new();
+    let mut inode_at = HashMap::from([(InodeIndex(0), InodeIndex(0))]);
+    let mut left: BTreeMap<EntryId, &[Box<[u8]>]> =
+        gone.iter().map(|(dir, names)| (*dir, &names[..])).collect();
+    // One inode for all: it has nothing that would differ.
+    let mut nothing: Option<InodeIndex> = None;
+    let mut hide = |out: &mut Tree, parent: EntryId, name: &[u8]| {
+        let inode = *nothing.get_or_insert_with(|| add_inode(out, whiteout()));
+        out.entries.push(Entry { parent, name: name.into(), inode });
+    };
     for (at, entry) in tree.entries.iter().enumerate().filter(|(at, _)| wanted[*at]) {
-        let inode = *inode_at.entry(entry.inode).or_insert_with(|| {
-            let inode: Inode = tree.inodes[entry.inode.0 as usize].clone();
-            out.inodes.push(inode);
-            InodeIndex(out.inodes.len() as u32 - 1)
-        });
-        entry_at[at] = EntryId(out.entries.len() as u32);
         let parent = entry_at[entry.parent.0 as usize];
+        // Names stay ascending.
+        if let Some(names) = left.get_mut(&entry.parent).filter(|_| at > 0) {
+            while let Some((name, rest)) = names.split_first().filter(|(name, _)| **name < entry.name) {
+                hide(&mut out, parent, name);
+                *names = rest;
+            }
+        }
+        let inode = match inode_at.get(&entry.inode) {
+            Some(known) => *known,
+            None => {
+                let inode = Inode { raw: RawFacts::default(), ..tree.inodes[entry.inode.0 as usize].clone() };
+                let new = add_inode(&mut out, inode);
+                inode_at.insert(entry.inode, new);
+                new
+            }
+        };
+        entry_at[at] = EntryId(out.entries.len() as u32);
         out.entries.push(Entry { parent, name: entry.name.clone(), inode });
     }
+    for (dir, names) in left {
+        names.iter().for_each(|name| hide(&mut out, entry_at[dir.0 as usize], name));
+    }
     out
+}
+
+fn add_inode(tree: &mut Tree, inode: Inode) -> InodeIndex {
+    tree.inodes.push(inode);
+    InodeIndex(tree.inodes.len() as u32 - 1)
 }
 
 #[cfg(test)]
@@ -197,8 +222,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::sealed::tree::{Data, Meta, RawFacts};
+    use crate::sealed::tree::Data;
     use crate::store::key::AnchorKey;
+    use crate::store::manifest::{decode, encode};
 
     /// A tree as a map from path to (what, link group); directories are made as needed.
     type Plan = BTreeMap<Vec<u8>, (u8, Option<u8>)>;
@@ -257,20 +283,24 @@ mod tests {
     }
 
     /// Base plus delta by overlayfs' rules, from bottom to top.
-    fn merged(base: &Tree, delta: &Delta) -> View {
+    fn merged(base: &Tree, layer: &Tree) -> View {
         let mut all = shown(base);
         let below = |path: &[u8], dir: &[u8]| {
             path.len() > dir.len() && path.starts_with(dir) && path[dir.len()] == b'/'
         };
-        for gone in &delta.gone {
-            all.retain(|path, _| path != gone && !below(path, gone));
-        }
-        for (path, entry) in shown(&delta.tree) {
+        for (path, entry) in shown(layer) {
+            if entry.1 == Node::CharDevice(0) {
+                all.retain(|other, _| *other != path && !below(other, &path));
+                continue;
+            }
             let hides = !matches!(entry.1, Node::Dir) || !matches!(all.get(&path), Some((_, Node::Dir, _)));
             if hides && !path.is_empty() {
                 all.retain(|other, _| !below(other, &path));
             }
-            all.insert(path, entry);
+            // The top directory's own metadata is told by no layer.
+            if !path.is_empty() {
+                all.insert(path, entry);
+            }
         }
         all
     }
@@ -288,8 +318,11 @@ mod tests {
         #[test]
         fn base_and_delta_are_the_new_tree(base in plans(), new in plans()) {
             let (base, new) = (tree_of(&base), tree_of(&new));
-            let delta = delta(&base, &new).expect("no name is hidden");
-            prop_assert_eq!(merged(&base, &delta), shown(&new));
+            let layer = delta(&base, &new).expect("no name is hidden");
+            prop_assert_eq!(merged(&base, &layer), shown(&new));
+            // What it is written down as holds it to all invariants of a tree.
+            let bytes = encode(&layer, None).expect("small");
+            prop_assert_eq!(decode(&bytes), Ok(layer));
         }
     }
 
@@ -297,7 +330,7 @@ mod tests {
     fn equal_trees_have_no_difference_and_hidden_names_no_delta() {
         let plan: Plan = [(b"x".to_vec(), (3, None)), (b"x/y".to_vec(), (1, Some(1)))].into();
         let same = delta(&tree_of(&plan), &tree_of(&plan)).expect("nothing is hidden");
-        assert_eq!((same.tree.entries.len(), same.gone.len()), (1, 0));
+        assert_eq!(same.entries.len(), 1);
         let mut hidden = tree_of(&plan);
         hidden.entries[1].name = (*b"a7").into();
         assert_eq!(delta(&hidden, &tree_of(&plan)), None);

@@ -50,30 +50,12 @@ pub struct BuiltImage {
 /// # Errors
 /// The first thing in the tree that an image or a view can't hold. [`check`] finds them all.
 pub fn build(tree: &Tree) -> Result<BuiltImage, Refusal> {
-    build_with(tree, root_stat())
-}
-
-/// Makes the image of what differs from the image `base`. It names its base (in an attribute of its root directory, which no view
-/// shows): an upper that belongs to this image belongs to the pair.
-///
-/// # Errors
-/// As [`build`].
-pub fn build_over(tree: &Tree, base: ImageDigest) -> Result<BuiltImage, Refusal> {
-    let mut root = root_stat();
-    root.xattrs.insert(OsStr::new(BASE_XATTR).into(), Box::from(base.0));
-    build_with(tree, root)
-}
-
-/// Names the base of a delta.
-const BASE_XATTR: &str = "trusted.pagefold.base";
-
-fn build_with(tree: &Tree, root: Stat) -> Result<BuiltImage, Refusal> {
     if let Some(refusal) = check(tree, 1).pop() {
         return Err(refusal);
     }
     // The writer recurses over directories, and so do clone and drop of its tree.
     let deep = super::refuse::depth(tree) > DEPTH_ON_ANY_STACK;
-    let bytes = if deep { on_a_big_stack(|| write(tree, root)) } else { write(tree, root) };
+    let bytes = if deep { on_a_big_stack(|| write(tree)) } else { write(tree) };
     let mut bytes = bytes.map_err(|why| Refusal { path: Default::default(), why: Why::Malformed(why) })?;
     let digest = ImageDigest(*blake3::hash(&bytes).as_bytes());
     bytes[UUID_AT..UUID_AT + UUID_BYTES].copy_from_slice(&uuid_of(digest));
@@ -101,8 +83,8 @@ fn on_a_big_stack(write: impl FnOnce() -> Result<Vec<u8>, String> + Send) -> Res
     })
 }
 
-fn write(tree: &Tree, root: Stat) -> Result<Vec<u8>, String> {
-    let filesystem = ValidatedFileSystem::new(convert(tree, root)?).map_err(|e| e.to_string())?;
+fn write(tree: &Tree) -> Result<Vec<u8>, String> {
+    let filesystem = ValidatedFileSystem::new(convert(tree)?).map_err(|e| e.to_string())?;
     let bytes = mkfs_erofs_versioned(&filesystem, FormatVersion::V1).into_vec();
     if bytes.len() < UUID_AT + UUID_BYTES {
         return Err("the image writer wrote no superblock".into());
@@ -112,8 +94,8 @@ fn write(tree: &Tree, root: Stat) -> Result<Vec<u8>, String> {
 
 /// The writer's tree. Children come after their parents, so from the last entry to the first each directory is complete when
 /// its turn comes.
-fn convert(tree: &Tree, root: Stat) -> Result<FileSystem<Sha256HashValue>, String> {
-    let mut filesystem = FileSystem::new(root);
+fn convert(tree: &Tree) -> Result<FileSystem<Sha256HashValue>, String> {
+    let mut filesystem = FileSystem::new(root_stat());
     let mut directories: Vec<Option<Box<Directory<Sha256HashValue>>>> = Vec::new();
     directories.resize_with(tree.entries.len(), || None);
     let mut leaves: Vec<Option<LeafId>> = vec![None; tree.inodes.len()];

@@ -21,7 +21,7 @@ use rustix::mount::{MountAttrFlags, MoveMountFlags, UnmountFlags, move_mount, un
 
 use super::assemble::{Handover, Layers, SOURCE, overlay, overlay_with};
 use super::commit::{self, Past};
-use super::gone::{self, GONE};
+use super::diff::{self, Layer};
 use super::idmap::{IdMaps, Mapped};
 use super::live::{ProbeError, UpperState, probe};
 use super::opened::journal_of;
@@ -105,6 +105,7 @@ pub fn mount_views(
     all.each(Requests::open);
     all.refuse_twice();
     all.refuse_used();
+    all.open_layers();
     all.each(Requests::assemble);
     step("mount.assembled");
     all.publish();
@@ -120,6 +121,7 @@ struct Request<'a> {
     target: PathBuf,
     target_dir: Option<OwnedFd>,
     raw: Option<OwnedFd>,
+    layer: Option<Layer>,
     overlay: Option<OwnedFd>,
     published: bool,
     warnings: Vec<String>,
@@ -140,6 +142,7 @@ impl<'a> Requests<'a> {
             target: target.clone(),
             target_dir: None,
             raw: None,
+            layer: None,
             overlay: None,
             published: false,
             warnings: Vec::new(),
@@ -261,13 +264,34 @@ impl<'a> Requests<'a> {
         Some(tree.inodes.iter().map(|i| i.raw.ino).collect())
     }
 
+    /// Comparing layers with what they must be takes some milliseconds each: all processors share it.
+    fn open_layers(&mut self) {
+        let store = self.store;
+        let open = |request: &mut Request<'a>| match diff::of_root(store, request.row) {
+            Ok(layer) => request.layer = layer,
+            Err(error) => request.error = Some(error),
+        };
+        let mut wanted: Vec<_> = self.list.iter_mut().filter(|r| r.error.is_none()).collect();
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        if wanted.len() < 2 || threads < 2 {
+            return wanted.into_iter().for_each(open);
+        }
+        let each = wanted.len().div_ceil(threads);
+        std::thread::scope(|scope| {
+            for part in wanted.chunks_mut(each) {
+                scope.spawn(|| part.iter_mut().for_each(|request| open(request)));
+            }
+        });
+    }
+
     fn assemble(&self, request: &mut Request<'a>) -> Result<(), ViewError> {
         let Some(raw) = request.raw.as_ref() else { return Ok(()) };
         let mut attributes = inherited(raw.as_fd(), &request.row.path)?;
         if self.options.read_only {
             attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
         }
-        request.overlay = Some(assemble(self.store, request.row, attributes, self.options)?);
+        let layer = request.layer.take();
+        request.overlay = Some(assemble(self.store, request.row, layer, attributes, self.options)?);
         Ok(())
     }
 
@@ -394,10 +418,11 @@ fn inherited(raw: BorrowedFd<'_>, path: &Path) -> Result<MountAttrFlags, ViewErr
         .fold(MountAttrFlags::empty(), |all, (_, set)| all | set))
 }
 
-/// The overlay of a root, not attached.
+/// The overlay of a root, not attached. `layer` is what [`diff::of_root`] gave.
 fn assemble(
     store: &Store,
     row: &RootRow,
+    layer: Option<Layer>,
     attributes: MountAttrFlags,
     options: &MountOptions,
 ) -> Result<OwnedFd, ViewError> {
@@ -409,26 +434,14 @@ fn assemble(
         rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open", path))
     };
     let mut images = Vec::new();
-    for (at, digest) in row.layers.iter().enumerate() {
-        let whiteouts = root_dir.join(GONE);
-        if at == 1 {
-            match gone::missing(&root_dir) {
-                Ok(None) => {}
-                Ok(Some(path)) => return Err(ViewError::WhiteoutMissing(path)),
-                Err(e) => {
-                    let errno = Errno::from_io_error(&e).unwrap_or(Errno::IO);
-                    return Err(failed("read the list of whiteouts of", &root_dir)(errno));
-                }
-            }
-            if whiteouts.exists() {
-                images.push(open(&whiteouts)?);
-            }
-        }
+    let diff = layer.as_ref().map(|(digest, _)| *digest);
+    images.extend(layer.map(|(_, dir)| dir));
+    for digest in &row.layers {
         images.push(image_mount::mounted(&mounts, &store.image_path(digest), *digest)?);
     }
     let data = store.data_layer(row.domain)?;
     let upper = open(&root_dir.join(UPPER))?;
-    if !upper::belongs_to(upper.as_fd(), &row.layers).map_err(failed("read the mark of", &root_dir))? {
+    if !upper::belongs_to(upper.as_fd(), &row.layers, diff).map_err(failed("read the mark of", &root_dir))? {
         return Err(ViewError::ForeignUpper { name: row.name.clone(), upper: root_dir.join(UPPER) });
     }
     let make = |layers: &Layers| match options.handover {
@@ -536,7 +549,7 @@ pub(super) fn detached_view(store: &Store, row: &RootRow) -> Result<OwnedFd, Vie
         | MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    assemble(store, row, attributes, &MountOptions::default())
+    assemble(store, row, diff::of_root(store, row)?, attributes, &MountOptions::default())
 }
 
 /// Unmounts the images that no view in the index uses: those of the view that has just gone, and what a crash left.

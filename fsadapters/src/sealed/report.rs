@@ -100,9 +100,11 @@ pub struct RootSeal {
     /// Figures of the tree.
     #[serde(flatten)]
     pub counts: Counts,
-    /// The image, or images from top to bottom.
+    /// The image.
     pub layers: Vec<String>,
-    /// Size of the topmost image.
+    /// Entries of the layer over it, where it is another root's and differs a little.
+    pub diff_entries: u64,
+    /// Size of the image, where it was made for this root.
     pub image_bytes: u64,
     /// Size of the manifest.
     pub manifest_bytes: u64,

@@ -200,6 +200,7 @@ impl<'a> Session<'a> {
             layers: Vec::new(),
             image_bytes: 0,
             manifest_bytes: 0,
+            diff_entries: 0,
         });
     }
 
@@ -243,10 +244,13 @@ impl<'a> Session<'a> {
         for (_, written) in &mut good {
             publication.images.extend(written.image.take());
             publication.roots.extend(written.row.take());
+            publication.diffs.extend(written.diff.take());
         }
         publication.images.sort_by_key(|(digest, _)| *digest);
         publication.images.dedup_by_key(|(digest, _)| *digest);
-        publication.anchors = locator.rows_of(publication.images.iter().flat_map(|(_, row)| &row.anchors));
+        let of_images = publication.images.iter().flat_map(|(_, row)| &row.anchors);
+        let of_diffs = publication.diffs.iter().flat_map(|diff| &diff.row.anchors);
+        publication.anchors = locator.rows_of(of_images.chain(of_diffs));
         if !publication.roots.is_empty() || !publication.anchors.is_empty() {
             locator.build.publish(&publication)?;
         }

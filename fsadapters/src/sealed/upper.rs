@@ -19,7 +19,7 @@ use rustix::fs::{AtFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFla
 use rustix::io::Errno;
 
 use super::tree::{EntryId, Meta, Tree};
-use crate::store::{ImageDigest, step};
+use crate::store::{ContentHash, ImageDigest, step};
 
 /// The upper's directory in a root's directory.
 pub const UPPER: &str = "upper";
@@ -126,10 +126,8 @@ fn dress(dir: BorrowedFd<'_>, path: &Path, meta: &Meta) -> Result<(), UpperError
         }
     }
     for (name, value) in &meta.xattrs {
-        if let Some(name) = stored_name(name) {
-            rustix::fs::fsetxattr(dir, OsStr::from_bytes(&name), value, XattrFlags::empty())
-                .map_err(failed("set an attribute of", path))?;
-        }
+        rustix::fs::fsetxattr(dir, OsStr::from_bytes(&stored_name(name)), value, XattrFlags::empty())
+            .map_err(failed("set an attribute of", path))?;
     }
     rustix::fs::fchmod(dir, Mode::from_raw_mode(meta.mode)).map_err(failed("change the mode of", path))?;
     let mtime = Timespec { tv_sec: meta.mtime.0, tv_nsec: meta.mtime.1.into() };
@@ -138,11 +136,11 @@ fn dress(dir: BorrowedFd<'_>, path: &Path, meta: &Meta) -> Result<(), UpperError
 }
 
 /// How an upper stores an attribute: overlayfs takes `overlay.` off again when it is read through the view.
-fn stored_name(name: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn stored_name(name: &[u8]) -> Vec<u8> {
     const OVERLAY: &[u8] = b"trusted.overlay.";
     match name.strip_prefix(OVERLAY) {
-        Some(rest) => Some([OVERLAY, b"overlay.", rest].concat()),
-        None => Some(name.to_vec()),
+        Some(rest) => [OVERLAY, b"overlay.", rest].concat(),
+        None => name.to_vec(),
     }
 }
 
@@ -210,17 +208,26 @@ fn shown_name(name: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
-/// Whether the upper belongs to views of `layers`; one that belongs to none yet belongs to them from now on.
+/// Whether the upper belongs to views of `layers` with the layer of differences `diff` over them; one that belongs to none yet belongs to them
+/// from now on.
 ///
-/// The kernel compares the topmost image only, and one small image of differences may lie on two bases. The mark's name is in
+/// The kernel compares the topmost layer only. The mark's name is in
 /// overlayfs' own name space, so no view shows it and none can change it.
 ///
 /// # Errors
 /// As reading and setting an attribute.
-pub(super) fn belongs_to(upper: BorrowedFd<'_>, layers: &[ImageDigest]) -> Result<bool, Errno> {
+pub(super) fn belongs_to(
+    upper: BorrowedFd<'_>,
+    layers: &[ImageDigest],
+    diff: Option<ContentHash>,
+) -> Result<bool, Errno> {
     const MARK: &std::ffi::CStr = c"trusted.overlay.pagefold";
     let mut hasher = blake3::Hasher::new_derive_key("pagefold layers of an upper 1");
     for digest in layers {
+        hasher.update(&digest.0);
+    }
+    if let Some(digest) = diff {
+        hasher.update(b"diff");
         hasher.update(&digest.0);
     }
     let wanted = hasher.finalize();

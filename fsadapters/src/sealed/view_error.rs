@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use super::assemble::Refused;
+use super::diff::DiffDamage;
 use super::idmap::IdMapError;
 use super::image_mount::ImageMountError;
 use super::live::ProbeError;
@@ -52,9 +53,9 @@ pub enum ViewError {
     /// Who uses it can't be found out.
     #[error("which processes use the root can't be found out: {0}; --force mounts all the same")]
     NoProcesses(String),
-    /// A part of the layers is not there.
-    #[error("{0:?} is missing, without which the view would show what its root has not; seal the root again")]
-    WhiteoutMissing(PathBuf),
+    /// The layer over the image.
+    #[error(transparent)]
+    Diff(#[from] DiffDamage),
     /// The target is in the store.
     #[error("{0:?} lies in the store; choose a target outside of it")]
     InsideStore(PathBuf),

@@ -26,7 +26,7 @@ use super::index::{BUILDING, GENERATIONS, Generation, NEXT_SERIAL};
 use super::key::{AnchorKey, ImageDigest, SealId};
 use super::open::{Store, anchor_name, domain_name, image_name, root_name};
 use super::remove::{remove_tree, unlink_immutable};
-use super::rows::{AnchorRow, AnchorStamp, DomainRow, ImageRow, RootRow};
+use super::rows::{AnchorRow, AnchorStamp, DiffRow, DomainRow, ImageRow, RootRow};
 use super::{place, publish};
 
 /// Anchor numbers reserved by one commit. A recovery looks for every one of them (about 2 µs each).
@@ -70,6 +70,19 @@ pub struct Publication {
     pub images: Vec<(ImageDigest, ImageRow)>,
     /// Roots, new or with a new generation.
     pub roots: Vec<RootRow>,
+    /// Layers over their images, for those of `roots` that have one. A generation that is there already keeps what it has.
+    pub diffs: Vec<NewDiff>,
+}
+
+/// The layer that a generation has over its image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewDiff {
+    /// Whose.
+    pub root: SealId,
+    /// Which generation's.
+    pub generation: u64,
+    /// What it is.
+    pub row: DiffRow,
 }
 
 /// An anchor that nobody sees yet. Dropped, it is gone.
@@ -244,6 +257,23 @@ impl Build<'_> {
         rustix::fs::openat(&store.fd, &mark, flags, Mode::RUSR).map_err(|e| io("mark the directory", e))?;
         step("store.root.dir");
         Ok(store.root_dir(id, generation))
+    }
+
+    /// Removes `name` with all that is in it from a directory that [`Self::make_root_dir`] made, and that is not published.
+    ///
+    /// # Errors
+    /// As unlinking fails.
+    pub fn remove_from_root_dir(&self, id: SealId, generation: u64, name: &str) -> Result<(), StoreError> {
+        let dir = root_name(id, generation);
+        if !locked(&self.roots).contains(&(id, generation)) {
+            return Err(StoreError::Inconsistent(format!("{dir} is not being built")));
+        }
+        let name = format!("{dir}/{name}");
+        match rustix::fs::unlinkat(&self.store.fd, &name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(Errno::ISDIR | Errno::PERM) => remove_tree(self.store, &name),
+            Err(e) => Err(StoreError::io("remove", &self.store.dir.join(name), e)),
+        }
     }
 
     /// Syncs all that was built and names it in the index by one commit: afterwards it is there, whatever happens.

@@ -43,7 +43,7 @@ rows! {
     super::rows::ViewRow, 1, "view";
     super::index::StoredImage, 1, "image";
     super::index::Identity, 1, "store";
-    super::index::Generation, 1, "generation";
+    super::index::Generation, 2, "generation";
     super::index::Grave, 1, "removal";
 }
 

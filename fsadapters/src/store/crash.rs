@@ -43,6 +43,8 @@ pub const STEPS: &[&str] = &[
     // Seal.
     "seal.walked",
     "seal.written",
+    "seal.diff.listed",
+    "seal.diff.made",
     // Mount, umount.
     "mount.assembled",
     "mount.published",

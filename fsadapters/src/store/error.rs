@@ -79,6 +79,19 @@ pub enum StoreError {
         /// The newest we know.
         known: u32,
     },
+    /// Made before the first release.
+    #[error(
+        "the store {path:?} has format {found}, this pagefold knows {known} only: use the pagefold that wrote it to `commit` what views \
+             wrote and to `unseal`, then seal again with this one. Nothing was changed"
+    )]
+    Older {
+        /// The store.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+        /// Ours.
+        known: u32,
+    },
     /// A copy, a snapshot, something restored from a backup.
     #[error(
         "the store {path:?} is not the one that was made: {why}. Writes of views may be newer elsewhere, so nothing here is used or changed. \

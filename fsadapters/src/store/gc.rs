@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! generations (root, n): kept if current, live, or written to
-//!   -> images: kept if a kept generation, a root or a mount names them  -> anchors: kept if a kept image names them
+//!   -> images: kept if a kept generation, a root or a mount names them
+//!   -> anchors: kept if a kept image, or the layer of a kept generation, names them
 //! ```
 //!
-//! Invariant: an upper keeps its image, an image keeps its anchors, whatever else happens; what goes is given up by a commit before it is
+//! Invariant: an upper keeps its image and its layer, both keep their anchors, whatever else happens; what goes is given up by a commit before it is
 //! unlinked. `&mut Store`: nothing can be built meanwhile, so a hit can't lose its anchor. What it deliberately does not do: find out
 //! whether a view is live (the caller does), or touch names that pagefold does not make.
 
@@ -166,6 +167,16 @@ impl Store {
                 let serials = image.serials().ok_or_else(|| StoreError::Damaged {
                     path: self.dir.clone(),
                     detail: "an image row with numbers beyond the last".to_owned(),
+                })?;
+                needed.extend(serials);
+                Ok(())
+            })?;
+            read.each(GENERATIONS, |_, bytes| {
+                let row: Generation = read.decoded(bytes)?;
+                let Some(diff) = row.diff else { return Ok(()) };
+                let serials = diff.serials().ok_or_else(|| StoreError::Damaged {
+                    path: self.dir.clone(),
+                    detail: "a generation's row with numbers beyond the last".to_owned(),
                 })?;
                 needed.extend(serials);
                 Ok(())

@@ -22,10 +22,10 @@ use super::backend::{Backend, Gate};
 use super::codec::{Row, decode, encode};
 use super::crash::step;
 use super::error::StoreError;
-use super::key::{AnchorKey, ImageDigest, SealId, StoreId};
+use super::key::{AnchorKey, ContentHash, ImageDigest, SealId, StoreId};
 
-/// Layout of the store that this code writes, and the newest that it reads.
-pub(super) const FORMAT: u32 = 1;
+/// Layout of the store that this code writes, and the only one that it reads. 1: differences were images over images; never released.
+pub(super) const FORMAT: u32 = 2;
 
 /// Bytes of pages that the database keeps in memory.
 const CACHE_BYTES: usize = 64 << 20;
@@ -90,6 +90,16 @@ pub(super) struct StoredImage {
 pub(super) struct Generation {
     pub domain: u32,
     pub layers: Vec<ImageDigest>,
+    /// Over the image, in the generation's own directory.
+    pub diff: Option<StoredDiff>,
+}
+
+/// [`super::rows::DiffRow`] with anchors as in [`StoredImage`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct StoredDiff {
+    pub digest: ContentHash,
+    pub entries: u64,
+    pub serial_steps: Vec<u64>,
 }
 
 /// Something that is to be unlinked.
@@ -477,28 +487,55 @@ pub(super) fn content_key(domain: u32, size: u64, hash: &[u8; 32]) -> [u8; 44] {
 
 impl StoredImage {
     /// `serials` by key must be complete: every anchor of the image has a number.
-    pub(super) fn new(domain: u32, bytes: u64, entries: u64, mut serials: Vec<u64>) -> StoredImage {
-        serials.sort_unstable();
-        serials.dedup();
-        let mut last = 0;
-        let serial_steps = serials.iter().map(|s| s - std::mem::replace(&mut last, *s)).collect();
-        StoredImage { domain, bytes, entries, serial_steps }
+    pub(super) fn new(domain: u32, bytes: u64, entries: u64, serials: Vec<u64>) -> StoredImage {
+        StoredImage { domain, bytes, entries, serial_steps: steps_of(serials) }
     }
 
     /// The anchors' numbers, ascending; `None` when they make no sense.
     pub(super) fn serials(&self) -> Option<Vec<u64>> {
-        let mut at: u64 = 0;
-        self.serial_steps
-            .iter()
-            .map(|step| {
-                at = at.checked_add(*step)?;
-                Some(at)
-            })
-            .collect()
+        serials_of(&self.serial_steps)
     }
 
     /// Keys by number, for one store.
     pub(super) fn keys(&self, store: StoreId) -> Option<BTreeMap<AnchorKey, u64>> {
-        Some(self.serials()?.into_iter().map(|serial| (AnchorKey::of(store, serial), serial)).collect())
+        Some(keys_of(store, self.serials()?))
     }
+}
+
+impl StoredDiff {
+    /// As [`StoredImage::new`].
+    pub(super) fn new(digest: ContentHash, entries: u64, serials: Vec<u64>) -> StoredDiff {
+        StoredDiff { digest, entries, serial_steps: steps_of(serials) }
+    }
+
+    /// As [`StoredImage::serials`].
+    pub(super) fn serials(&self) -> Option<Vec<u64>> {
+        serials_of(&self.serial_steps)
+    }
+
+    /// As [`StoredImage::keys`].
+    pub(super) fn keys(&self, store: StoreId) -> Option<BTreeMap<AnchorKey, u64>> {
+        Some(keys_of(store, self.serials()?))
+    }
+}
+
+/// Differences of ascending numbers.
+fn steps_of(mut serials: Vec<u64>) -> Vec<u64> {
+    serials.sort_unstable();
+    serials.dedup();
+    let mut last = 0;
+    serials.iter().map(|s| s - std::mem::replace(&mut last, *s)).collect()
+}
+
+fn serials_of(steps: &[u64]) -> Option<Vec<u64>> {
+    let mut at: u64 = 0;
+    let mut next = |step: &u64| {
+        at = at.checked_add(*step)?;
+        Some(at)
+    };
+    steps.iter().map(&mut next).collect()
+}
+
+fn keys_of(store: StoreId, serials: Vec<u64>) -> BTreeMap<AnchorKey, u64> {
+    serials.into_iter().map(|serial| (AnchorKey::of(store, serial), serial)).collect()
 }

@@ -11,6 +11,7 @@
 //!   images/<digest>.erofs      metadata images, named by the BLAKE3 of their bytes
 //!   roots/<id>/g<n>/upper, work   the writable layer of the n-th generation of a root's view
 //!   roots/<id>/g<n>/manifest      the root as it was sealed then
+//!   roots/<id>/g<n>/diff, diff.list   what differs from the image, where that is little; and what must be in there
 //!   mounts/<digest>/           where an image is mounted while a view uses it
 //!   tmp/                       things being built; emptied at open
 //! ```
@@ -42,7 +43,7 @@ mod task;
 mod tests;
 mod verify;
 
-pub use build::{Build, NewAnchor, Publication};
+pub use build::{Build, NewAnchor, NewDiff, Publication};
 pub use crash::{STEPS, step};
 pub use destroy::remove_unfinished;
 pub use error::StoreError;
@@ -52,7 +53,7 @@ pub use lock::LOCK_PATIENCE;
 pub use lookup::Lookup;
 pub use open::{OpenMode, Store};
 pub use remove::SealedGeneration;
-pub use rows::{AnchorRow, AnchorStamp, DomainRow, ImageRow, RootRow, ViewRow};
+pub use rows::{AnchorRow, AnchorStamp, DiffRow, DomainRow, ImageRow, RootRow, ViewRow};
 pub use task::Task;
 pub use verify::{PROBLEMS_MAX, Problem, ProblemKind, VerifyReport};
 

@@ -17,12 +17,13 @@ use super::build::Reservation;
 use super::crash::step;
 use super::error::StoreError;
 use super::index::{
-    DOMAINS, IMAGES, Identity, Index, NEXT_DOMAIN, NEXT_SEAL, ROOTS, Snapshot, StoredImage, VIEWS,
+    DOMAINS, GENERATIONS, Generation, IMAGES, Identity, Index, NEXT_DOMAIN, NEXT_SEAL, ROOTS, Snapshot,
+    StoredImage, VIEWS,
 };
 use super::key::{AnchorKey, ImageDigest, SealId, StoreId};
 use super::lock::{LOCK_PATIENCE, Lock};
 use super::lookup::Lookup;
-use super::rows::{DomainRow, ImageRow, RootRow, ViewRow};
+use super::rows::{DiffRow, DomainRow, ImageRow, RootRow, ViewRow};
 use super::{place, recovery};
 
 /// Whether a store is made where there is none.
@@ -316,6 +317,23 @@ impl Store {
             entries: image.entries,
             anchors: keys.into_keys().collect(),
         })
+    }
+
+    /// The layer that a generation has over its image, if any.
+    ///
+    /// # Errors
+    /// The index can't be read, or does not know that generation.
+    pub fn diff(&self, id: SealId, generation: u64) -> Result<Option<DiffRow>, StoreError> {
+        let row: Option<Generation> = self.index.read(|read| read.get(GENERATIONS, (id.0, generation)))?;
+        let name = || format!("{id} generation {generation}");
+        let row = row.ok_or_else(|| StoreError::NoSuch { what: "root", name: name() })?;
+        let Some(diff) = row.diff else { return Ok(None) };
+        let keys = diff.keys(self.id()).ok_or_else(|| StoreError::Damaged {
+            path: self.dir.clone(),
+            detail: format!("the row of root {} has numbers beyond the last", name()),
+        })?;
+        let anchors = keys.into_keys().collect();
+        Ok(Some(DiffRow { digest: diff.digest, entries: diff.entries, anchors }))
     }
 
     /// Where an image is.

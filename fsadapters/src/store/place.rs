@@ -225,9 +225,7 @@ impl Facts {
 
 /// Is the store at `dir` the one that `identity` was written for?
 pub(super) fn judge(dir: &Path, fd: &OwnedFd, identity: &Identity) -> Result<(), StoreError> {
-    if identity.format > FORMAT {
-        return Err(StoreError::Newer { path: dir.to_owned(), found: identity.format, known: FORMAT });
-    }
+    judge_format(dir, identity.format)?;
     let here = Facts::of(fd).map_err(|e| StoreError::io("look at the store", dir, e))?;
     let foreign = |why: &str| Err(StoreError::Foreign { path: dir.to_owned(), why: why.to_owned() });
     // An older kernel may not tell the UUID of some file systems.
@@ -250,6 +248,15 @@ pub(super) fn judge(dir: &Path, fd: &OwnedFd, identity: &Identity) -> Result<(),
     Ok(())
 }
 
+fn judge_format(dir: &Path, found: u32) -> Result<(), StoreError> {
+    let path = dir.to_owned();
+    match found.cmp(&FORMAT) {
+        std::cmp::Ordering::Equal => Ok(()),
+        std::cmp::Ordering::Greater => Err(StoreError::Newer { path, found, known: FORMAT }),
+        std::cmp::Ordering::Less => Err(StoreError::Older { path, found, known: FORMAT }),
+    }
+}
+
 /// The format of the store in `fd`; `None` when the file is not there: creation was never finished.
 pub(super) fn read_format(dir: &Path, fd: &OwnedFd) -> Result<Option<u32>, StoreError> {
     let path = dir.join(FORMAT_FILE);
@@ -265,10 +272,10 @@ pub(super) fn read_format(dir: &Path, fd: &OwnedFd) -> Result<Option<u32>, Store
     let text = String::from_utf8_lossy(&buffer[..bytes]).into_owned();
     let format = text.lines().find_map(|line| line.strip_prefix("format ")?.trim().parse().ok());
     match format {
-        Some(found) if found > FORMAT => {
-            Err(StoreError::Newer { path: dir.to_owned(), found, known: FORMAT })
+        Some(found) if found > FORMAT => judge_format(dir, found).map(|()| None),
+        Some(found) if found > 0 && text.starts_with("pagefold store") => {
+            judge_format(dir, found).map(|()| Some(found))
         }
-        Some(found) if found > 0 && text.starts_with("pagefold store") => Ok(Some(found)),
         _ => Err(StoreError::NotAStore {
             path: dir.to_owned(),
             why: "its file FORMAT does not say that it is one".to_owned(),

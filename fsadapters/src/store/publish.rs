@@ -9,13 +9,13 @@ use std::sync::atomic::Ordering;
 use redb::ReadableTable;
 use rustix::fs::AtFlags;
 
-use super::build::{Build, Publication, UNPUBLISHED, locked};
+use super::build::{Build, NewDiff, Publication, UNPUBLISHED, locked};
 use super::codec::encode;
 use super::crash::step;
 use super::error::StoreError;
 use super::index::{
     ANCHORS, BUILDING, BY_CONTENT, BY_EXTENTS, Bytes, GENERATIONS, GRAVES, Generation, Grave, IMAGES, ROOTS,
-    StoredImage, Txn, content_key, extents_key,
+    StoredDiff, StoredImage, Txn, content_key, extents_key,
 };
 use super::key::{AnchorKey, ImageDigest};
 use super::open::root_name;
@@ -39,7 +39,7 @@ pub(super) fn publish(build: &Build<'_>, publication: &Publication) -> Result<()
     let result = store.index.write(|txn| {
         put_anchors(build, txn, publication)?;
         put_images(build, txn, publication)?;
-        put_roots(txn, publication)?;
+        put_roots(build, txn, publication)?;
         for first in &ended {
             txn.remove(BUILDING, first)?;
         }
@@ -83,6 +83,15 @@ fn check(build: &Build<'_>, publication: &Publication) -> Result<(), StoreError>
         }
         if row.anchors.windows(2).any(|w| w[0] >= w[1]) {
             return wrong(format!("the anchors of image {digest} are not ascending"));
+        }
+    }
+    for diff in &publication.diffs {
+        let of = |root: &RootRow| (root.id, root.generation) == (diff.root, diff.generation);
+        if !publication.roots.iter().any(of) {
+            return wrong(format!("a layer for root {}, which is not published with it", diff.root));
+        }
+        if diff.row.anchors.windows(2).any(|w| w[0] >= w[1]) {
+            return wrong(format!("the anchors of a layer of root {} are not ascending", diff.root));
         }
     }
     for root in &publication.roots {
@@ -200,8 +209,21 @@ fn stored_image(
     digest: &ImageDigest,
     row: &ImageRow,
 ) -> Result<StoredImage, StoreError> {
-    let mut serials = Vec::with_capacity(row.anchors.len());
-    for key in &row.anchors {
+    let serials = serials(build, txn, anchors, new, &row.anchors, &|| format!("image {digest}"))?;
+    Ok(StoredImage::new(row.domain, row.bytes, row.entries, serials))
+}
+
+/// The numbers of `keys`, all of which the build's domain has.
+fn serials(
+    build: &Build<'_>,
+    txn: &Txn<'_>,
+    anchors: &impl ReadableTable<&'static [u8; 32], Bytes>,
+    new: &BTreeMap<AnchorKey, u64>,
+    keys: &[AnchorKey],
+    who: &dyn Fn() -> String,
+) -> Result<Vec<u64>, StoreError> {
+    let mut serials = Vec::with_capacity(keys.len());
+    for key in keys {
         if let Some(serial) = new.get(key) {
             serials.push(*serial);
             continue;
@@ -211,23 +233,40 @@ fn stored_image(
         match known {
             Some(anchor) if anchor.domain == build.domain.id => serials.push(anchor.serial),
             Some(anchor) => {
-                let what = format!("image {digest} names anchor {key} of domain {}", anchor.domain);
+                let what = format!("{} names anchor {key} of domain {}", who(), anchor.domain);
                 return Err(StoreError::Inconsistent(what));
             }
             None => {
-                return Err(StoreError::Inconsistent(format!(
-                    "image {digest} names the unknown anchor {key}"
-                )));
+                let what = format!("{} names the unknown anchor {key}", who());
+                return Err(StoreError::Inconsistent(what));
             }
         }
     }
-    Ok(StoredImage::new(row.domain, row.bytes, row.entries, serials))
+    Ok(serials)
 }
 
-fn put_roots(txn: &Txn<'_>, publication: &Publication) -> Result<(), StoreError> {
+/// The layers of `publication`, by root and generation.
+fn stored_diffs(
+    build: &Build<'_>,
+    txn: &Txn<'_>,
+    publication: &Publication,
+) -> Result<BTreeMap<(u64, u64), StoredDiff>, StoreError> {
+    let anchors = txn.table(ANCHORS)?;
+    let new: BTreeMap<AnchorKey, u64> = publication.anchors.iter().map(|(k, r)| (*k, r.serial)).collect();
+    let stored = |diff: &NewDiff| {
+        let who = || format!("the layer of root {}", diff.root);
+        let serials = serials(build, txn, &anchors, &new, &diff.row.anchors, &who)?;
+        let stored = StoredDiff::new(diff.row.digest, diff.row.entries, serials);
+        Ok(((diff.root.0, diff.generation), stored))
+    };
+    publication.diffs.iter().map(stored).collect()
+}
+
+fn put_roots(build: &Build<'_>, txn: &Txn<'_>, publication: &Publication) -> Result<(), StoreError> {
     if publication.roots.is_empty() {
         return Ok(());
     }
+    let mut diffs = stored_diffs(build, txn, publication)?;
     let mut names: BTreeMap<String, _> =
         txn.rows::<_, RootRow>(ROOTS)?.into_iter().map(|root| (root.name, root.id)).collect();
     for root in &publication.roots {
@@ -249,8 +288,14 @@ fn put_roots(txn: &Txn<'_>, publication: &Publication) -> Result<(), StoreError>
             return Err(StoreError::BadName { what: "root", name: root.name.clone(), why });
         }
         txn.put(ROOTS, root.id.0, root)?;
-        let generation = Generation { domain: root.domain, layers: root.layers.clone() };
-        txn.put(GENERATIONS, (root.id.0, root.generation), &generation)?;
+        let key = (root.id.0, root.generation);
+        let diff = match txn.get::<_, Generation>(GENERATIONS, key)? {
+            // A row that is renewed: on disk nothing has changed.
+            Some(there) => there.diff,
+            None => diffs.remove(&key),
+        };
+        let generation = Generation { domain: root.domain, layers: root.layers.clone(), diff };
+        txn.put(GENERATIONS, key, &generation)?;
     }
     Ok(())
 }

@@ -35,8 +35,10 @@ pub struct SealedGeneration {
     pub id: SealId,
     /// Its number: re-seals count it up.
     pub generation: u64,
-    /// Its images, from top to bottom.
+    /// Its image.
     pub layers: Vec<ImageDigest>,
+    /// Whether a layer of its own lies over the image; then the image alone is another root's.
+    pub has_diff: bool,
 }
 
 impl Store {
@@ -115,8 +117,9 @@ impl Store {
         let mut found = Vec::new();
         self.index.read(|read| {
             read.each(GENERATIONS, |(id, generation), bytes| {
-                let Generation { layers, .. } = read.decoded(bytes)?;
-                found.push(SealedGeneration { id: SealId(id), generation, layers });
+                let Generation { layers, diff, .. } = read.decoded(bytes)?;
+                let has_diff = diff.is_some();
+                found.push(SealedGeneration { id: SealId(id), generation, layers, has_diff });
                 Ok(())
             })
         })?;

@@ -94,6 +94,17 @@ pub struct ImageRow {
     pub anchors: Vec<AnchorKey>,
 }
 
+/// The layer of plain files in one generation's directory that lies over a shared image (`sealed::diff`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiffRow {
+    /// BLAKE3 of the list that says what the layer must hold.
+    pub digest: ContentHash,
+    /// Entries in it, its top directory and whiteouts counted.
+    pub entries: u64,
+    /// Anchors that it names, ascending, each once.
+    pub anchors: Vec<AnchorKey>,
+}
+
 /// A sealed root.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RootRow {
@@ -110,7 +121,7 @@ pub struct RootRow {
     pub dev: u64,
     /// Inode number of the raw root.
     pub ino: u64,
-    /// Images from top to bottom. More than one: the upper ones hold what differs from the last.
+    /// The image, always one. What differs from it lies over it in the generation's own directory ([`DiffRow`]).
     pub layers: Vec<ImageDigest>,
     /// Counts re-seals; each has a manifest and an upper of its own.
     pub generation: u64,

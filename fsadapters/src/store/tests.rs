@@ -72,6 +72,7 @@ fn with_a_root(dir: &Path) -> (Store, RootRow) {
                 anchors: vec![],
                 images: vec![(digest, image)],
                 roots: vec![row.clone()],
+                ..Publication::default()
             })
             .unwrap();
         row
@@ -171,7 +172,9 @@ fn other_directories_get_nothing_written_into_them() {
     assert!(matches!(open(&dir), Err(StoreError::NotAStore { .. })));
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
     fs::write(dir.join("FORMAT"), "pagefold store\nformat 7\n").unwrap();
-    assert!(matches!(open(&dir), Err(StoreError::Newer { found: 7, known: 1, .. })));
+    assert!(matches!(open(&dir), Err(StoreError::Newer { found: 7, known: 2, .. })));
+    fs::write(dir.join("FORMAT"), "pagefold store\nformat 1\n").unwrap();
+    assert!(matches!(open(&dir), Err(StoreError::Older { found: 1, known: 2, .. })));
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
 }
 

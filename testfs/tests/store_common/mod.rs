@@ -156,7 +156,15 @@ pub fn prepare(
     upper.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1)).map_err(io)?;
     write_manifest(&dir, &tree, None).map_err(|e| io(std::io::Error::other(e)))?;
     let root = root_row(id, &domain, roots.join(name), vec![built.digest]);
-    Ok((root.clone(), Publication { anchors, images: vec![(built.digest, row)], roots: vec![root] }))
+    Ok((
+        root.clone(),
+        Publication {
+            anchors,
+            images: vec![(built.digest, row)],
+            roots: vec![root],
+            ..Publication::default()
+        },
+    ))
 }
 
 pub const BYTES: [u8; 10_000] = [7; 10_000];

@@ -18,7 +18,7 @@ use super::bytes::{Sources, fill};
 use super::inode::{Below, Held, Look, join};
 use super::journal::{Journal, Record};
 use super::state::Kind;
-use crate::sealed::tree::{Meta, Node};
+use crate::sealed::tree::{Data, Meta, Node};
 
 /// Batches of up to so many temporaries are synced file by file, larger ones with the whole file system.
 const FSYNC_FILES_MAX: usize = 8;
@@ -420,7 +420,10 @@ pub fn build_at(
     sources: &Sources<'_>,
     keep: &Keep,
 ) -> io::Result<Built> {
-    let (held, file) = make(dir, name, kind)?;
+    let (held, file) = match kind {
+        Kind::File { .. } => make(dir, name, &Node::File { size: 0, data: Data::Empty })?,
+        Kind::Other(node) => make(dir, name, node)?,
+    };
     let source = match kind {
         Kind::File { size, bytes } => sources.open(bytes, *size)?,
         Kind::Other(_) => None,
@@ -443,22 +446,26 @@ pub fn build_at(
     Ok(Built { look: Look::of(&held)?, file, shared_bytes, copied_bytes })
 }
 
-/// Makes an empty inode of `kind` that nobody else may open yet; for regular files also opened for writing.
-fn make(dir: BorrowedFd<'_>, name: &[u8], kind: &Kind) -> io::Result<(Held, Option<OwnedFd>)> {
+/// Makes an empty inode of the kind of `made` that nobody else may open yet; for regular files also opened for writing.
+pub(in crate::sealed) fn make(
+    dir: BorrowedFd<'_>,
+    name: &[u8],
+    made: &Node,
+) -> io::Result<(Held, Option<OwnedFd>)> {
     let private = Mode::RUSR | Mode::WUSR;
     let node = |kind, device| rustix::fs::mknodat(dir, name, kind, private, device);
     let mut file = None;
-    match kind {
-        Kind::File { .. } | Kind::Other(Node::File { .. }) => {
+    match made {
+        Node::File { .. } => {
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             file = Some(rustix::fs::openat(dir, name, flags, private)?);
         }
-        Kind::Other(Node::Dir) => rustix::fs::mkdirat(dir, name, Mode::RWXU)?,
-        Kind::Other(Node::Symlink(target)) => rustix::fs::symlinkat(&**target, dir, name)?,
-        Kind::Other(Node::Fifo) => node(FileType::Fifo, 0)?,
-        Kind::Other(Node::Socket) => node(FileType::Socket, 0)?,
-        Kind::Other(Node::CharDevice(device)) => node(FileType::CharacterDevice, *device)?,
-        Kind::Other(Node::BlockDevice(device)) => node(FileType::BlockDevice, *device)?,
+        Node::Dir => rustix::fs::mkdirat(dir, name, Mode::RWXU)?,
+        Node::Symlink(target) => rustix::fs::symlinkat(&**target, dir, name)?,
+        Node::Fifo => node(FileType::Fifo, 0)?,
+        Node::Socket => node(FileType::Socket, 0)?,
+        Node::CharDevice(device) => node(FileType::CharacterDevice, *device)?,
+        Node::BlockDevice(device) => node(FileType::BlockDevice, *device)?,
     }
     let held = Held::open(dir, name)?.ok_or(Errno::NOENT)?;
     if let Some(file) = &file

@@ -3,15 +3,14 @@
 //! Invariant: a base is an image of a whole root that is published, and the tree is that root's. What it deliberately does not do:
 //! look for the best base. Clones of one image differ little from each other, and any of them will do.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use crate::sealed::delta::{Delta, delta};
-use crate::sealed::gone::PATH_BYTES_MAX;
+use crate::sealed::delta::delta;
 use crate::sealed::tree::{Inode, InodeIndex, Tree};
 use crate::store::manifest::read_manifest;
 use crate::store::{ImageDigest, RootRow, Store};
 
-/// A delta of more than this part of the tree gains little and costs directories that must be merged.
+/// A layer of more than this part of the tree gains little, and costs inodes of the store's file system and directories that must be merged.
 const WORTH_IT: usize = 4;
 
 /// A published image and the tree it shows.
@@ -24,8 +23,8 @@ pub(super) struct Base {
 pub(super) enum Difference {
     /// Not at all, but for the root directory's own metadata, which no image holds.
     None,
-    /// A little.
-    Some(Delta),
+    /// A little: the layer that goes over it.
+    Some(Tree),
 }
 
 impl Base {
@@ -37,7 +36,9 @@ impl Base {
         for digest in roots.iter().filter_map(|r| r.layers.last()) {
             *uses.entry(*digest).or_default() += 1;
         }
-        let whole = |root: &&RootRow| root.layers.len() == 1;
+        let differ = store.generations().ok()?.into_iter().filter(|g| g.has_diff);
+        let differ: HashSet<_> = differ.map(|g| (g.id, g.generation)).collect();
+        let whole = |root: &&RootRow| root.layers.len() == 1 && !differ.contains(&(root.id, root.generation));
         let best =
             roots.iter().filter(whole).max_by_key(|r| (uses[&r.layers[0]], std::cmp::Reverse(r.id)))?;
         match read_manifest(&store.root_dir(best.id, best.generation)) {
@@ -60,16 +61,12 @@ impl Base {
         if shows_the_same(&self.tree, tree) {
             return Some(Difference::None);
         }
-        let delta = delta(&self.tree, tree)?;
-        if delta.gone.iter().any(|path| path.len() > PATH_BYTES_MAX) {
-            return None;
-        }
+        let layer = delta(&self.tree, tree)?;
         // The root itself is always in it.
-        if delta.tree.entries.len() == 1 && delta.gone.is_empty() {
+        if layer.entries.len() == 1 {
             return Some(Difference::None);
         }
-        let size = delta.tree.entries.len() + delta.gone.len();
-        (size <= tree.entries.len() / WORTH_IT).then_some(Difference::Some(delta))
+        (layer.entries.len() <= tree.entries.len() / WORTH_IT).then_some(Difference::Some(layer))
     }
 }
 

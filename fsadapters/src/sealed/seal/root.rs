@@ -13,7 +13,7 @@ use super::SealConfig;
 use crate::fsid::{self, FsFacts};
 use crate::mountinfo::Mount;
 use crate::sealed::commit::{self, Past};
-use crate::sealed::gone;
+use crate::sealed::diff;
 use crate::sealed::heal::heal;
 use crate::sealed::live::{self, UpperState};
 use crate::sealed::tree::EntryId;
@@ -65,8 +65,6 @@ pub(crate) enum RootError {
     #[error(transparent)]
     Upper(#[from] upper::UpperError),
     #[error(transparent)]
-    Gone(#[from] gone::GoneError),
-    #[error(transparent)]
     Manifest(#[from] ManifestError),
     #[error(
         "{path:?} has the attribute {name}, which a view shows from Linux 6.7 on: remove it, or use a newer kernel"
@@ -99,6 +97,8 @@ pub(crate) struct OpenRoot {
     /// Its row when it was sealed before.
     pub row: Option<RootRow>,
     pub previous: Option<Previous>,
+    /// What its view is made of is damaged and can't be made again as it was: unchanged or not, it is sealed anew.
+    pub damaged: bool,
     pub wanted_name: Option<String>,
     pub name: String,
     /// (device, inode) of the store.
@@ -259,7 +259,8 @@ impl<'a> Known<'a> {
         let stat =
             rustix::fs::fstat(&fd).map_err(|e| RootError::Io { op: "stat the root", source: e.into() })?;
         self.check_fs(&fd)?;
-        let previous = row.as_ref().map_or(Ok(None), |row| self.sealed_before(row))?;
+        let mut damaged = false;
+        let previous = row.as_ref().map_or(Ok(None), |row| self.sealed_before(row, &mut damaged))?;
         Ok(OpenRoot {
             index,
             path: path.to_owned(),
@@ -267,6 +268,7 @@ impl<'a> Known<'a> {
             inode: (stat.st_dev, stat.st_ino),
             row,
             previous,
+            damaged,
             wanted_name: None,
             name: String::new(),
             store_inode: Some(self.store_inode),
@@ -290,7 +292,7 @@ impl<'a> Known<'a> {
     }
 
     /// The tree as it was sealed last, when it may be sealed again.
-    fn sealed_before(&self, row: &RootRow) -> Result<Option<Previous>, RootError> {
+    fn sealed_before(&self, row: &RootRow, damaged: &mut bool) -> Result<Option<Previous>, RootError> {
         if row.domain != self.domain.id {
             let domain = self.store.domains()?.into_iter().find(|domain| domain.id == row.domain);
             return Err(RootError::OtherDomain(domain.map_or_else(String::new, |domain| domain.name)));
@@ -298,12 +300,18 @@ impl<'a> Known<'a> {
         // Whatever becomes of this seal: what views wrote needs the image that it was written over.
         for lost in heal(self.store, row, self.domain)? {
             tracing::warn!("image {lost} is damaged and can't be made again");
+            *damaged = true;
         }
         let dir = self.store.root_dir(row.id, row.generation);
         if live::probe(&dir, &self.store.dir().join("tmp"))? == UpperState::Live {
             return Err(RootError::Live);
         }
-        gone::heal(&dir)?;
+        if let Some(row) = self.store.diff(row.id, row.generation)?
+            && let Err(left) = diff::heal(&dir, row.digest)
+        {
+            tracing::warn!("left as it is: {left}");
+            *damaged = true;
+        }
         // Without it nobody can say whether the upper is as it was made.
         let tree = read_manifest(&dir)?;
         if self.committed.contains(&row.id) {

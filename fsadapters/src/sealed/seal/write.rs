@@ -1,6 +1,6 @@
 //! A proved root becomes an image, a manifest and an upper; nothing is visible before the commit.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -8,7 +8,7 @@ use super::Walked;
 use super::base::{Base, Difference};
 use super::root::{OpenRoot, RootError};
 use crate::scan::Skipped;
-use crate::sealed::gone;
+use crate::sealed::diff;
 use crate::sealed::image::{self, BuiltImage};
 use crate::sealed::locate::{Located, Locator};
 use crate::sealed::prove::Shown;
@@ -17,12 +17,14 @@ use crate::sealed::tree::{EntryId, Node, Tree};
 use crate::sealed::upper;
 use crate::sealed::walk::{Sketch, WalkError};
 use crate::store::manifest::{Numbers, write_manifest};
-use crate::store::{DomainRow, ImageDigest, ImageRow, RootRow, SealId, Store};
+use crate::store::{DiffRow, DomainRow, ImageDigest, ImageRow, NewDiff, RootRow, SealId, Store};
 
 /// A root that is ready to be published.
 pub(super) struct Written {
-    /// Taken by the publication; `None` for a root that has not changed.
+    /// Taken by the publication; `None` for a root that has no image of its own, or has not changed.
     pub image: Option<(ImageDigest, ImageRow)>,
+    /// Taken by the publication: what lies over an image that is published already.
+    pub diff: Option<NewDiff>,
     /// `None` where the row that is there says it all.
     pub row: Option<RootRow>,
     pub report: RootSeal,
@@ -96,7 +98,7 @@ fn write(
     let tree = fill(sketch)?;
     check_xattrs(&tree)?;
     let generation = root.row.as_ref().map_or(0, |row| row.generation + 1);
-    let unchanged = root.previous.as_ref().is_some_and(|previous| *previous.tree() == tree);
+    let unchanged = !root.damaged && root.previous.as_ref().is_some_and(|previous| *previous.tree() == tree);
     if unchanged
         && let Some(row) = &root.row
         && row.path == root.path
@@ -107,29 +109,16 @@ fn write(
         let looked_at = counts.unchanged < counts.files - counts.empty;
         let later = root.began_at.saturating_sub(row.sealed_at) > place.locator.under_way_s;
         let renewed = (looked_at && later).then(|| RootRow { sealed_at: root.began_at, ..row.clone() });
-        return Ok(Written { image: None, row: renewed, report, unsettled });
+        return Ok(Written { image: None, diff: None, row: renewed, report, unsettled });
     }
     let build = place.locator.build;
-    let difference = place.base.and_then(|base| base.difference(&tree));
-    let image = || -> Result<Images, RootError> {
-        let (built, base) = match (&difference, place.base) {
-            (Some(Difference::None), Some(base)) => return Ok(Images { own: None, base: Some(base.digest) }),
-            (Some(Difference::Some(delta)), Some(base)) => {
-                (image::build_over(&delta.tree, base.digest)?, Some(base.digest))
-            }
-            _ => (image::build(&tree)?, None),
-        };
-        build.write_image(&built.digest, &built.bytes)?;
-        Ok(Images { own: Some(built), base })
-    };
+    let dir = build.make_root_dir(id, generation)?;
+    let serial = |key: &_| place.locator.serial(key);
+    let numbers = Numbers { store: place.store.id(), of: &serial };
+    let image = || metadata(&tree, (id, generation), &dir, place);
     let rest = || -> Result<u64, RootError> {
-        let dir = build.make_root_dir(id, generation)?;
-        if let Some(Difference::Some(delta)) = &difference {
-            gone::write(&dir, &delta.gone)?;
-        }
         upper::prepare(&dir, &tree, root.fd())?;
-        let serial = |key: &_| place.locator.serial(key);
-        Ok(write_manifest(&dir, &tree, Some(&Numbers { store: place.store.id(), of: &serial }))?)
+        Ok(write_manifest(&dir, &tree, Some(&numbers))?)
     };
     let (image, rest) = if place.split {
         std::thread::scope(|scope| {
@@ -140,29 +129,82 @@ fn write(
     } else {
         (image(), rest())
     };
-    let (images, manifest_bytes) = (image?, rest?);
-    let row = row(root, id, generation, place.domain.id, counts, images.layers());
-    let bytes = images.own.as_ref().map_or(0, |image| image.bytes.len() as u64);
-    let report = report(root, &row, counts, (Outcome::Sealed, bytes, manifest_bytes));
+    let (shown, manifest_bytes) = (image?, rest?);
+    let row = row(root, id, generation, place.domain.id, counts, vec![shown.digest()]);
+    let bytes = if let Metadata::Image(image) = &shown { image.bytes.len() as u64 } else { 0 };
+    let mut report = report(root, &row, counts, (Outcome::Sealed, bytes, manifest_bytes));
     let image_row = |image: BuiltImage| {
         let row = ImageRow { domain: place.domain.id, bytes, entries: image.entries, anchors: image.anchors };
         (image.digest, row)
     };
-    Ok(Written { image: images.own.map(image_row), row: Some(row), report, unsettled })
+    let (image, diff) = match shown {
+        Metadata::Image(image) => (Some(image_row(image)), None),
+        Metadata::Base(_) => (None, None),
+        Metadata::Over(_, row) => {
+            report.diff_entries = row.entries;
+            (None, Some(NewDiff { root: id, generation, row }))
+        }
+    };
+    Ok(Written { image, diff, row: Some(row), report, unsettled })
 }
 
 /// What a root's view is made of.
-struct Images {
-    /// Its own: of all of it, or of the differences from `base`.
-    own: Option<BuiltImage>,
+enum Metadata {
+    /// An image of all of it.
+    Image(BuiltImage),
     /// One that is published already.
-    base: Option<ImageDigest>,
+    Base(ImageDigest),
+    /// One that is published already, and a layer of differences over it.
+    Over(ImageDigest, DiffRow),
 }
 
-impl Images {
-    fn layers(&self) -> Vec<ImageDigest> {
-        self.own.as_ref().map(|image| image.digest).into_iter().chain(self.base).collect()
+impl Metadata {
+    fn digest(&self) -> ImageDigest {
+        match self {
+            Metadata::Image(image) => image.digest,
+            Metadata::Base(digest) | Metadata::Over(digest, _) => *digest,
+        }
     }
+}
+
+/// Writes what shows `tree`: nothing, a layer in the generation's directory `dir`, or an image.
+fn metadata(
+    tree: &Tree,
+    (id, generation): (SealId, u64),
+    dir: &Path,
+    place: Place<'_>,
+) -> Result<Metadata, RootError> {
+    let build = place.locator.build;
+    let difference = place.base.and_then(|base| Some((base.digest, base.difference(tree)?)));
+    if difference.is_some()
+        && let Some(refusal) = image::check(tree, 1).pop()
+    {
+        return Err(refusal.into());
+    }
+    match difference {
+        Some((base, Difference::None)) => return Ok(Metadata::Base(base)),
+        Some((base, Difference::Some(layer))) => {
+            let serial = |key: &_| place.locator.serial(key);
+            let numbers = Numbers { store: place.store.id(), of: &serial };
+            match diff::write(dir, &layer, Some(&numbers)) {
+                Ok(digest) => {
+                    let (entries, anchors) = (layer.entries.len() as u64, layer.anchors());
+                    return Ok(Metadata::Over(base, DiffRow { digest, entries, anchors }));
+                }
+                // An image may hold what this file system can't, and needs less room.
+                Err(error) => {
+                    tracing::warn!("{}: {error}; the root gets an image of its own", dir.display());
+                    for part in diff::PARTS {
+                        build.remove_from_root_dir(id, generation, part)?;
+                    }
+                }
+            }
+        }
+        None => {}
+    }
+    let built = image::build(tree)?;
+    build.write_image(&built.digest, &built.bytes)?;
+    Ok(Metadata::Image(built))
 }
 
 fn row(
@@ -208,6 +250,7 @@ fn report(
         layers: row.layers.iter().map(ToString::to_string).collect(),
         image_bytes,
         manifest_bytes,
+        diff_entries: 0,
     }
 }
 

@@ -1,8 +1,8 @@
 //! From an inode number that a view shows to the anchor behind it.
 //!
 //! With `xino=on` overlayfs composes its numbers of the layer (upper bits) and the layer's own number, and keeps them when a
-//! file is copied up. The layer's own number is an image's, and there the extended attribute that overlayfs follows names the
-//! anchor. So one walk of each mounted image serves all its views.
+//! file is copied up. The layer's own number is an image's or that of a file in the layer of differences, and there the extended attribute
+//! that overlayfs follows names the anchor. So one walk of each mounted image serves all its views.
 
 use std::collections::HashMap;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 
 use crate::store::{AnchorKey, ImageDigest};
 
-/// Anchors by inode number of one image.
+/// Anchors by inode number of one image, or of one layer of differences.
 #[derive(Debug, Default)]
 pub(super) struct ImageInodes(HashMap<u64, AnchorKey>);
 
 impl ImageInodes {
-    /// Walks the image mounted at `at`.
+    /// Walks the image mounted at `at`, or the layer there.
     pub(super) fn read(at: &Path) -> std::io::Result<ImageInodes> {
         let mut anchors = HashMap::new();
         let mut stack = vec![at.to_owned()];
@@ -43,50 +43,59 @@ fn anchor_of(path: &Path) -> Option<AnchorKey> {
     AnchorKey::from_hex(&text.replace('/', ""))
 }
 
-/// Inode numbers of a view whose images are given from top to bottom.
+/// Inode numbers of a view.
 #[derive(Debug)]
 pub(super) struct ViewInodes<'a> {
-    layers: Vec<(&'a ImageInodes, PathBuf)>,
+    /// On the upper's file system.
+    diff: Option<(ImageInodes, PathBuf)>,
+    images: Vec<(&'a ImageInodes, PathBuf)>,
 }
 
 impl<'a> ViewInodes<'a> {
-    /// `None` when one of the images is not mounted.
+    /// `None` when one of the images is not mounted. `diff` is the layer over them with its place.
     pub(super) fn new(
+        diff: Option<(ImageInodes, PathBuf)>,
         digests: &[ImageDigest],
         images: &'a HashMap<ImageDigest, ImageInodes>,
         mounts: &Path,
     ) -> Option<ViewInodes<'a>> {
         let layer = |digest: &ImageDigest| Some((images.get(digest)?, mounts.join(digest.to_string())));
-        Some(ViewInodes { layers: digests.iter().map(layer).collect::<Option<_>>()? })
+        Some(ViewInodes { diff, images: digests.iter().map(layer).collect::<Option<_>>()? })
     }
 
     /// The anchor that a number shown by the view means.
     pub(super) fn anchor(&self, shown: u64) -> Option<AnchorKey> {
-        let (layer, own) = split(shown, self.layers.len() as u64)?;
-        self.layers.get(layer)?.0.0.get(&own).copied()
+        let (file_system, own) = split(shown, self.images.len() as u64)?;
+        let layer = match file_system.checked_sub(1) {
+            // What is new in the upper has no number of the layer: they lie on one file system.
+            None => &self.diff.as_ref()?.0,
+            Some(image) => self.images.get(image)?.0,
+        };
+        layer.0.get(&own).copied()
     }
 
     /// The anchor that a path below the root had when it was sealed.
     pub(super) fn sealed_number(&self, path: &Path) -> Option<(usize, u64)> {
-        self.layers.iter().enumerate().find_map(|(layer, (_, at))| {
-            std::fs::symlink_metadata(at.join(path)).ok().map(|meta| (layer, meta.ino()))
+        let images = self.images.iter().enumerate().map(|(number, (_, at))| (number + 1, at));
+        self.diff.iter().map(|(_, at)| (0, at)).chain(images).find_map(|(file_system, at)| {
+            std::fs::symlink_metadata(at.join(path)).ok().map(|meta| (file_system, meta.ino()))
         })
     }
 
     /// As [`Self::sealed_number`] speaks of it.
     pub(super) fn number(&self, shown: u64) -> Option<(usize, u64)> {
-        split(shown, self.layers.len() as u64)
+        split(shown, self.images.len() as u64)
     }
 }
 
-/// Layer (from the top) and its own number. File systems are numbered with the upper's as 0 (the anchors lie there too); the
+/// File system and the layer's own number. File systems are numbered with the upper's as 0 (anchors and differences lie there too); the
 /// kernel takes as many top bits as they need, and one more (`ovl_map_dev_ino`, `ovl_fill_super`).
 fn split(shown: u64, images: u64) -> Option<(usize, u64)> {
     let bits = images.checked_ilog2()? + 2;
     let shift = 64 - bits;
     let file_system = shown >> (shift + 1);
     let own = shown & ((1 << shift) - 1);
-    Some((usize::try_from(file_system.checked_sub(1)?).ok()?, own))
+    Some((usize::try_from(file_system).ok()?, own))
 }
 
 #[cfg(test)]
@@ -95,9 +104,9 @@ mod tests {
 
     #[test]
     fn numbers_are_taken_apart() {
-        assert_eq!(split(1 << 63 | 36, 1), Some((0, 36)));
-        assert_eq!(split(36, 1), None, "a file of the upper");
-        assert_eq!(split(2 << 62 | 36, 2), Some((1, 36)));
+        assert_eq!(split(1 << 63 | 36, 1), Some((1, 36)));
+        assert_eq!(split(36, 1), Some((0, 36)), "a file of the upper");
+        assert_eq!(split(2 << 62 | 36, 2), Some((2, 36)));
         assert_eq!(split(36, 0), None);
     }
 }

@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use pagefold_sys::cache::cachestat;
 
+use crate::sealed::diff::DIFF;
 use crate::sealed::raw::{in_the_way, open_raw_root_among};
 use crate::sealed::tree::Tree;
 use crate::store::manifest::read_manifest;
@@ -247,7 +248,8 @@ impl Look<'_> {
         let mut distinct: HashMap<AnchorKey, PageSet> = HashMap::new();
         for root in roots.iter_mut() {
             let Some(device) = root.mounts.first().map(|m| m.device) else { continue };
-            let Some(inodes) = ViewInodes::new(&root.row.layers, &images, &mounts) else { continue };
+            let diff = self.diff_inodes(&root.row);
+            let Some(inodes) = ViewInodes::new(diff, &root.row.layers, &images, &mounts) else { continue };
             for (key, pages) in self.of_view(root, device, &mapped, &inodes) {
                 root.status.mapped_bytes += pages.len() * self.page;
                 if let Some(site) = self.sites.0.get_mut(&key) {
@@ -287,6 +289,19 @@ impl Look<'_> {
             }
         }
         found
+    }
+
+    /// The layer over the root's image.
+    fn diff_inodes(&mut self, row: &RootRow) -> Option<(ImageInodes, PathBuf)> {
+        let has = self.store.diff(row.id, row.generation).map(|diff| diff.is_some());
+        let at = self.store.root_dir(row.id, row.generation).join(DIFF);
+        let read = match has {
+            Ok(false) => return None,
+            Ok(true) => ImageInodes::read(&at).map_err(|e| e.to_string()),
+            Err(e) => Err(e.to_string()),
+        };
+        let too_small = |e| format!("the layer can't be read, savings now are too small: {e}");
+        read.map_err(|e| self.error(&at, too_small(e))).ok().map(|inodes| (inodes, at))
     }
 
     /// The images of mounted views, each read once.

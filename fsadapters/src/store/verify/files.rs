@@ -1,16 +1,18 @@
 //! Images, roots' directories, and files that nothing names.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use super::{ProblemKind, VerifyReport};
-use crate::sealed::gone;
+use crate::sealed::diff::{self, DiffDamage};
 use crate::sealed::image;
+use crate::sealed::tree::{EntryId, Node, Tree};
 use crate::store::error::StoreError;
 use crate::store::gc::anchor_of;
-use crate::store::index::{ANCHORS, DOMAINS, GENERATIONS, Generation, IMAGES, StoredImage};
-use crate::store::key::{AnchorKey, ImageDigest, SealId};
+use crate::store::index::{ANCHORS, DOMAINS, GENERATIONS, Generation, IMAGES, StoredDiff, StoredImage};
+use crate::store::key::{AnchorKey, ContentHash, ImageDigest, SealId};
 use crate::store::manifest::read_manifest;
 use crate::store::open::{Store, domain_name, image_name, root_name};
 use crate::store::place;
@@ -112,14 +114,6 @@ fn root_dir(
             report.problem(dir.join(part), ProblemKind::Missing, "no such directory");
         }
     }
-    match gone::missing(&dir) {
-        Ok(None) => {}
-        Ok(Some(path)) => {
-            let detail = "a whiteout: the view can't be mounted without it; seal the root again";
-            report.problem(path, ProblemKind::Missing, detail);
-        }
-        Err(e) => report.problem(dir.clone(), ProblemKind::Damaged, e.to_string()),
-    }
     let mut of_images: BTreeSet<AnchorKey> = BTreeSet::new();
     for digest in &row.layers {
         match store.image(digest)? {
@@ -131,16 +125,86 @@ fn root_dir(
             }
         }
     }
+    let mut layer = None;
+    if let Some(diff) = &row.diff {
+        of_images.extend(diff_anchors(store, (id, generation), row.domain, diff, report)?);
+        layer = diff_layer(&dir, diff.digest, report);
+    }
     match read_manifest(&dir) {
         Ok(tree) => {
+            if let Some(path) = layer.and_then(|layer| first_difference(&layer, &tree)) {
+                let detail = "the root's manifest says something else of it";
+                report.problem(dir.join(diff::DIFF).join(path), ProblemKind::Damaged, detail);
+            }
             if let Some(key) = tree.anchors().iter().find(|key| !of_images.contains(*key)) {
-                let detail = format!("it names anchor {key}, which none of the root's images has");
+                let detail =
+                    format!("it names anchor {key}, which neither the root's image nor its layer has");
                 report.problem(dir.join("manifest"), ProblemKind::Damaged, detail);
             }
         }
         Err(e) => report.problem(dir.join("manifest"), ProblemKind::Damaged, e.to_string()),
     }
     Ok(())
+}
+
+/// The anchors that a layer names.
+fn diff_anchors(
+    store: &Store,
+    (id, generation): (SealId, u64),
+    domain: u32,
+    diff: &StoredDiff,
+    report: &mut VerifyReport,
+) -> Result<Vec<AnchorKey>, StoreError> {
+    let snapshot = store.snapshot()?;
+    let keys = diff.keys(store.id()).unwrap_or_default();
+    for (key, serial) in &keys {
+        let anchor: Option<AnchorRow> = snapshot.get(ANCHORS, &key.0)?;
+        if anchor.is_none_or(|a| a.serial != *serial || a.domain != domain) {
+            let detail = format!("it names anchor {key}, which its domain does not have");
+            report.problem(store.root_dir(id, generation).join(diff::DIFF), ProblemKind::Index, detail);
+        }
+    }
+    Ok(keys.into_keys().collect())
+}
+
+/// What the layer in `dir` must be, after it was compared with that.
+fn diff_layer(dir: &Path, digest: ContentHash, report: &mut VerifyReport) -> Option<Tree> {
+    let tell = |damage: DiffDamage, report: &mut VerifyReport| {
+        let kind = match &damage {
+            DiffDamage::Wrong { what: "is missing", .. } => ProblemKind::Missing,
+            DiffDamage::Read { .. } => ProblemKind::Unreadable,
+            _ => ProblemKind::Damaged,
+        };
+        let detail = damage.to_string();
+        let (DiffDamage::Wrong { path, .. } | DiffDamage::List { path, .. } | DiffDamage::Read { path, .. }) =
+            damage;
+        report.problem(path, kind, detail);
+    };
+    let tree = diff::read(dir, digest).map_err(|damage| tell(damage, report)).ok()?;
+    if let Err(damage) = diff::open_as(dir, &tree) {
+        tell(damage, report);
+    }
+    Some(tree)
+}
+
+/// The first entry of the layer that the root `tree` has not, or has otherwise.
+fn first_difference(layer: &Tree, tree: &Tree) -> Option<PathBuf> {
+    let all = 0..u32::try_from(tree.entries.len()).unwrap_or(u32::MAX);
+    let names: HashMap<Vec<u8>, EntryId> = all.map(|n| (tree.path(EntryId(n)), EntryId(n))).collect();
+    let differs = |entry: &EntryId| {
+        let (of_layer, there) = (layer.inode(*entry), names.get(&layer.path(*entry)));
+        match (&of_layer.node, there) {
+            (Node::CharDevice(0), there) => there.is_some(),
+            (_, None) => true,
+            (_, Some(there)) => {
+                let there = tree.inode(*there);
+                // No layer tells the top directory's own metadata.
+                there.node != of_layer.node || (entry.0 != 0 && there.meta != of_layer.meta)
+            }
+        }
+    };
+    let wrong = (0..u32::try_from(layer.entries.len()).ok()?).map(EntryId).find(differs)?;
+    Some(Path::new(std::ffi::OsStr::from_bytes(&layer.path(wrong))).to_owned())
 }
 
 /// Names that pagefold does not make, or that no row goes with.

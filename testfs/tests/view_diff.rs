@@ -1,0 +1,479 @@
+//! Roots that are shown as a shared image with a layer of differences over it, on real XFS and btrfs: what their views show, what damage to
+//! the layer does, what keeps its anchors.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+
+use pagefold_fsadapters::sealed::diff::{self, DIFF, DiffDamage};
+use pagefold_fsadapters::sealed::mount::{MountOptions, discard_writes};
+use pagefold_fsadapters::sealed::view_error::ViewError;
+use pagefold_fsadapters::store::{RootRow, Store, Task};
+use pagefold_testfs::rig::RigFs;
+use rustix::fs::{AtFlags, Mode, OFlags, Timespec, Timestamps, XattrFlags};
+
+mod view_support;
+use view_support::snapshot::{differences, take};
+use view_support::{BOTH, Home, bytes, clone_tree, dir, odd_root, settle};
+
+/// Many files of no matter: what a clone differs in is little beside them.
+fn filler(at: &Path) {
+    for n in 0..40u32 {
+        let dir = at.join(format!("filler/d{n}"));
+        fs::create_dir_all(&dir).unwrap();
+        for k in 0..10u32 {
+            fs::write(dir.join(format!("f{k}")), bytes(u64::from(n * 10 + k), 100 + n as usize)).unwrap();
+        }
+    }
+    settle(at);
+}
+
+fn entries(store: &Store, row: &RootRow) -> Option<u64> {
+    store.diff(row.id, row.generation).unwrap().map(|diff| diff.entries)
+}
+
+fn layer(store: &Store, row: &RootRow) -> PathBuf {
+    store.root_dir(row.id, row.generation).join(DIFF)
+}
+
+/// Everything odd is in the layer only; names like those that anchors lie under among it.
+#[test]
+fn privileged_a_layer_shows_every_kind_of_entry_with_all_that_belongs_to_it() {
+    for fs in BOTH {
+        let mut home = Home::new(fs);
+        filler(&home.at("a"));
+        clone_tree(&home.at("a"), &home.at("b"));
+        odd_root(&home.at("b"));
+        let raw = take(&home.at("b"));
+        let store = home.store();
+        let rows = home.seal(&store, &["a", "b"]);
+        assert_eq!((entries(&store, &rows[0]), rows[0].layers == rows[1].layers), (None, true));
+        assert!(entries(&store, &rows[1]).is_some_and(|n| n > 30), "{fs:?}");
+        let view = home.mount(&store, &rows[1], "view");
+        assert_eq!(differences(&raw, &take(&view), true), [""; 0], "{fs:?}");
+        let numbers = |view: &Path| {
+            ["page", "ab/link", "ab", "fifo", "caps", "filler/d1/f1"].map(|n| {
+                let meta = fs::symlink_metadata(view.join(n)).unwrap();
+                (meta.ino(), meta.nlink())
+            })
+        };
+        let before = numbers(&view);
+        assert_eq!(before[0], before[1], "one inode of three names");
+        home.umount(&store, &view);
+        assert_eq!(store.verify(&Task::default()).unwrap().problems, []);
+        // Nothing cached is left of the layer.
+        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        home.mount(&store, &rows[1], "view");
+        assert_eq!(differences(&raw, &take(&view), true), [""; 0], "{fs:?} again");
+        assert_eq!(numbers(&view), before, "{fs:?}");
+        home.umount(&store, &view);
+        let mapped = MountOptions { id_map: Some("0:100000:65536".parse().unwrap()), ..Default::default() };
+        home.try_mount(&store, &rows[1], "view", &mapped).unwrap();
+        let owner = |n: &str| fs::symlink_metadata(view.join(n)).map(|m| (m.uid(), m.gid())).unwrap();
+        assert_eq!((owner("ab"), owner("filler/d1")), ((100_007, 100_008), (100_000, 100_000)));
+        assert_eq!(fs::read(view.join("page")).unwrap(), bytes(1003, 4096));
+        assert_eq!(fs::metadata(view.join("page")).unwrap().mode() & 0o7777, 0o4755);
+    }
+}
+
+fn set_mtime(path: &Path, seconds: i64) {
+    let time = Timespec { tv_sec: seconds, tv_nsec: 12_345 };
+    let times = Timestamps { last_access: time, last_modification: time };
+    rustix::fs::utimensat(rustix::fs::CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
+}
+
+/// Every way in which an entry that the base has can differ, each entry of another kind.
+fn drift(at: &Path) {
+    let odd = at.join("odd");
+    set_mtime(&odd.join("fifo"), 99);
+    set_mtime(&odd.join("long link"), 98);
+    chown(odd.join("socket"), Some(5), Some(6)).unwrap();
+    fs::set_permissions(odd.join("null"), fs::Permissions::from_mode(0o604)).unwrap();
+    std::os::unix::fs::lchown(odd.join("disk"), Some(9), None).unwrap();
+    rustix::fs::lremovexattr(odd.join("caps"), "security.capability").unwrap();
+    rustix::fs::lsetxattr(odd.join("more"), "user.small", b"other", XattrFlags::REPLACE).unwrap();
+    rustix::fs::lremovexattr(odd.join("ab"), "system.posix_acl_default").unwrap();
+    rustix::fs::lsetxattr(odd.join("planted"), "trusted.overlay.origin", b"mine", XattrFlags::CREATE)
+        .unwrap();
+    // One name of three goes, one of two gets a new inode.
+    fs::remove_file(odd.join("ab/link")).unwrap();
+    fs::remove_file(odd.join("ab/nothing")).unwrap();
+    fs::write(odd.join("ab/nothing"), b"something").unwrap();
+    // Kinds are exchanged.
+    fs::remove_dir_all(odd.join("deep/1/2/3")).unwrap();
+    fs::write(odd.join("deep/1/2/3"), bytes(3000, 5000)).unwrap();
+    fs::remove_file(odd.join("ff")).unwrap();
+    fs::create_dir_all(odd.join("ff/f2/f3")).unwrap();
+    fs::hard_link(odd.join("deep/1/2/3"), odd.join("ff/f2/f3/linked")).unwrap();
+    fs::remove_dir_all(odd.join("..dots")).unwrap();
+    symlink("nowhere", odd.join("..dots")).unwrap();
+    // All in it goes, it stays; it goes with all that was in it.
+    for k in 0..10 {
+        fs::remove_file(at.join(format!("filler/d3/f{k}"))).unwrap();
+    }
+    fs::remove_dir_all(at.join("filler/d4")).unwrap();
+    fs::rename(at.join("filler/d5/f1"), at.join("filler/d5/g")).unwrap();
+    settle(at);
+}
+
+#[test]
+fn privileged_a_layer_over_every_kind_of_entry_shows_each_kind_of_difference() {
+    for fs in BOTH {
+        let mut home = Home::new(fs);
+        filler(&home.at("a"));
+        odd_root(&home.at("a").join("odd"));
+        clone_tree(&home.at("a"), &home.at("b"));
+        drift(&home.at("b"));
+        let raw = ["a", "b"].map(|name| take(&home.at(name)));
+        let store = home.store();
+        let rows = home.seal(&store, &["a", "b"]);
+        assert!(entries(&store, &rows[1]).is_some_and(|n| n > 40), "{fs:?}");
+        let views = [home.mount(&store, &rows[0], "va"), home.mount(&store, &rows[1], "vb")];
+        for (raw, view) in raw.iter().zip(&views) {
+            assert_eq!(differences(raw, &take(view), true), [""; 0], "{fs:?} {view:?}");
+        }
+        // Writes go on over the layer, and a discard shows it again.
+        let b = &views[1];
+        fs::write(b.join("odd/deep/1/2/3"), b"through one name").unwrap();
+        assert_eq!(fs::read(b.join("odd/ff/f2/f3/linked")).unwrap(), b"through one name");
+        fs::write(b.join("filler/d4"), b"where a whiteout was").unwrap();
+        fs::set_permissions(b.join("odd/more"), fs::Permissions::from_mode(0o4711)).unwrap();
+        fs::rename(b.join("odd/ff"), b.join("moved")).unwrap();
+        home.umount(&store, b);
+        let b = home.mount(&store, &rows[1], "vb");
+        assert_eq!(fs::read(b.join("moved/f2/f3/linked")).unwrap(), b"through one name");
+        assert_eq!(fs::metadata(b.join("odd/more")).unwrap().mode() & 0o7777, 0o4711);
+        assert_eq!(fs::read(b.join("odd/more")).unwrap(), fs::read(home.at("b/odd/more")).unwrap());
+        home.umount(&store, &b);
+        discard_writes(&store, &rows[1]).unwrap();
+        let b = home.mount(&store, &rows[1], "vb");
+        assert_eq!(differences(&raw[1], &take(&b), true), [""; 0], "{fs:?} discarded");
+    }
+}
+
+/// Numbers that one seed gives.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % sides
+    }
+}
+
+/// Changes about twenty paths below `at`, whatever is there.
+fn random_drift(at: &Path, dice: &mut Dice) {
+    for step in 0..20 {
+        let all: Vec<PathBuf> = take(at)
+            .into_keys()
+            .map(|p| at.join(String::from_utf8(p).unwrap()))
+            .filter(|p| p != at)
+            .collect();
+        let some = &all[dice.roll(all.len() as u64) as usize];
+        let is_dir = fs::symlink_metadata(some).unwrap().is_dir();
+        let parent = some.parent().unwrap();
+        match dice.roll(8) {
+            0 if is_dir && parent != at => fs::remove_dir_all(some).unwrap(),
+            0 | 1 if !is_dir => fs::remove_file(some).unwrap(),
+            2 => fs::write(parent.join(format!("new{step}")), bytes(dice.roll(1 << 20), 3000)).unwrap(),
+            3 if !is_dir => {
+                fs::remove_file(some).unwrap();
+                fs::create_dir(some).unwrap();
+                fs::write(some.join("below"), b"x").unwrap();
+            }
+            4 if is_dir && parent != at => {
+                fs::remove_dir_all(some).unwrap();
+                fs::write(some, bytes(dice.roll(1 << 20), 100)).unwrap();
+            }
+            5 if !is_dir => fs::hard_link(some, at.join(format!("link{}", dice.roll(1 << 30)))).unwrap(),
+            6 => set_mtime(some, dice.roll(1 << 30) as i64),
+            _ => fs::set_permissions(some, fs::Permissions::from_mode(0o700 + dice.roll(64) as u32)).unwrap(),
+        }
+    }
+    settle(at);
+}
+
+#[test]
+fn privileged_random_differences_are_shown_as_they_are() {
+    for fs in BOTH {
+        let mut home = Home::new(fs);
+        filler(&home.at("r0"));
+        let store = home.store();
+        let base = home.seal(&store, &["r0"]);
+        let mut layers = 0;
+        for seed in 1..=6u64 {
+            let name = format!("r{seed}");
+            // From one that drifted already.
+            clone_tree(&home.at(&format!("r{}", seed / 2)), &home.at(&name));
+            random_drift(&home.at(&name), &mut Dice(seed));
+            let rows = home.seal(&store, &[&name]);
+            layers += u32::from(entries(&store, &rows[0]).is_some() && rows[0].layers == base[0].layers);
+            let view = home.mount(&store, &rows[0], &format!("v{seed}"));
+            assert_eq!(
+                differences(&take(&home.at(&name)), &take(&view), true),
+                [""; 0],
+                "{fs:?} seed {seed}"
+            );
+        }
+        assert!(layers >= 5, "{fs:?}: {layers} of 6");
+        assert_eq!(store.verify(&Task::default()).unwrap().problems, [], "{fs:?}");
+    }
+}
+
+/// Two roots with a layer for the second, and what is in it: a stub, one of two names, a whiteout, a directory.
+fn two(home: &Home) -> (Store, Vec<RootRow>) {
+    filler(&home.at("a"));
+    clone_tree(&home.at("a"), &home.at("b"));
+    let b = home.at("b");
+    fs::write(b.join("filler/d1/f1"), bytes(777, 9000)).unwrap();
+    fs::write(b.join("filler/d1/two"), bytes(778, 9000)).unwrap();
+    fs::hard_link(b.join("filler/d1/two"), b.join("filler/names")).unwrap();
+    fs::remove_file(b.join("filler/d2/f2")).unwrap();
+    symlink("f1", b.join("filler/d1/link")).unwrap();
+    settle(&b);
+    let store = home.store();
+    let rows = home.seal(&store, &["a", "b"]);
+    assert!(entries(&store, &rows[1]).is_some());
+    (store, rows)
+}
+
+type Damage = (&'static str, fn(&Path));
+
+/// What is damaged, and how: the path that is told ends with it.
+const DAMAGES: [Damage; 12] = [
+    ("filler/d1/f1", |at| fs::remove_file(at.join("filler/d1/f1")).unwrap()),
+    ("filler/d1/f1", |at| {
+        File::options().write(true).open(at.join("filler/d1/f1")).unwrap().set_len(5).unwrap();
+    }),
+    ("filler/d1/f1", |at| set_mtime(&at.join("filler/d1/f1"), 3)),
+    ("filler/d1/f1", |at| redirect(&at.join("filler/d1/f1"), &at.join("filler/d1/two"))),
+    ("filler/d1/f1", |at| {
+        rustix::fs::lremovexattr(at.join("filler/d1/f1"), "trusted.overlay.metacopy").unwrap();
+    }),
+    ("filler/d1", |at| {
+        fs::set_permissions(at.join("filler/d1"), fs::Permissions::from_mode(0o1755)).unwrap();
+    }),
+    ("filler/d1/link", |at| {
+        fs::remove_file(at.join("filler/d1/link")).unwrap();
+        symlink("f2", at.join("filler/d1/link")).unwrap();
+    }),
+    ("filler/d2/f2", |at| fs::remove_file(at.join("filler/d2/f2")).unwrap()),
+    ("filler/d2/more", |at| fs::write(at.join("filler/d2/more"), b"").unwrap()),
+    ("filler/d2/f3", |at| fs::hard_link(at.join("filler/d2/f2"), at.join("filler/d2/f3")).unwrap()),
+    ("filler/d1/f1", |at| {
+        fs::rename(at.join("filler/d1/f1"), at.join("filler/d1/f0")).unwrap();
+    }),
+    ("filler/names", |at| {
+        let bytes = fs::read(at.join("filler/d1/two")).unwrap();
+        fs::remove_file(at.join("filler/d1/two")).unwrap();
+        fs::write(at.join("filler/d1/two"), bytes).unwrap();
+    }),
+];
+
+fn redirect(at: &Path, to: &Path) {
+    let mut value = [0u8; 128];
+    let length = rustix::fs::lgetxattr(to, "trusted.overlay.redirect", &mut value[..]).unwrap();
+    rustix::fs::lsetxattr(at, "trusted.overlay.redirect", &value[..length], XattrFlags::REPLACE).unwrap();
+}
+
+#[test]
+fn privileged_a_damaged_layer_is_not_mounted_and_sealing_puts_it_right() {
+    for fs in BOTH {
+        let mut home = Home::new(fs);
+        let (store, rows) = two(&home);
+        let raw = take(&home.at("b"));
+        let view = home.mount(&store, &rows[1], "view");
+        home.umount(&store, &view);
+        for (number, (path, damage)) in DAMAGES.into_iter().enumerate() {
+            let row = store.find_root(home.at("b")).unwrap();
+            let at = layer(&store, &row);
+            damage(&at);
+            let error = home.try_mount(&store, &row, "view", &MountOptions::default()).unwrap_err();
+            let ViewError::Diff(DiffDamage::Wrong { path: told, .. }) = &error else {
+                panic!("{number}: {error:?}")
+            };
+            assert_eq!(*told, at.join(path), "{fs:?} {number}");
+            let problems = store.verify(&Task::default()).unwrap().problems;
+            assert!(problems.iter().any(|p| p.path == at.join(path)), "{fs:?} {number}: {problems:?}");
+            let row = home.seal(&store, &["b"]).remove(0);
+            let view = home.mount(&store, &row, "view");
+            assert_eq!(differences(&raw, &take(&view), true), [""; 0], "{fs:?} {number}");
+            home.umount(&store, &view);
+            // Only of what an upper may know by its inode a new generation is made.
+            assert_eq!(row.generation, u64::from(path.ends_with("names")), "{fs:?} {number}");
+        }
+    }
+}
+
+#[test]
+fn privileged_a_layer_or_list_that_is_lost_is_made_by_sealing_again() {
+    for part in ["diff", "diff.list"] {
+        let mut home = Home::new(RigFs::Xfs);
+        let (store, rows) = two(&home);
+        let raw = take(&home.at("b"));
+        let at = store.root_dir(rows[1].id, rows[1].generation).join(part);
+        fs::rename(&at, home.at("lost")).unwrap();
+        let error = home.try_mount(&store, &rows[1], "view", &MountOptions::default()).unwrap_err();
+        assert!(matches!(error, ViewError::Diff(_)), "{error:?}");
+        assert!(!store.verify(&Task::default()).unwrap().problems.is_empty());
+        let row = home.seal(&store, &["b"]).remove(0);
+        assert_eq!(row.generation, 1);
+        let view = home.mount(&store, &row, "view");
+        assert_eq!(differences(&raw, &take(&view), true), [""; 0], "{part}");
+    }
+}
+
+/// What a view wrote hangs on the layer's inodes: it stays usable when the layer was put right.
+#[test]
+fn privileged_writes_over_a_layer_that_was_put_right_are_all_there() {
+    for fs in BOTH {
+        let mut home = Home::new(fs);
+        let (store, rows) = two(&home);
+        let view = home.mount(&store, &rows[1], "view");
+        fs::write(view.join("filler/names"), b"both").unwrap();
+        fs::set_permissions(view.join("filler/d1/f1"), fs::Permissions::from_mode(0o600)).unwrap();
+        let before = take(&view);
+        home.umount(&store, &view);
+        fs::remove_file(layer(&store, &rows[1]).join("filler/d1/f1")).unwrap();
+        fs::remove_file(layer(&store, &rows[1]).join("filler/d2/f2")).unwrap();
+        home.try_mount(&store, &rows[1], "view", &MountOptions::default()).unwrap_err();
+        // Refused, for there are changes; the layer is whole again.
+        let row = home.seal(&store, &["b"]).remove(0);
+        assert_eq!(row.generation, 0);
+        let view = home.mount(&store, &row, "view");
+        assert_eq!(differences(&before, &take(&view), true), [""; 0], "{fs:?}");
+        assert_eq!(fs::read(view.join("filler/d1/two")).unwrap(), b"both");
+    }
+}
+
+#[test]
+fn privileged_a_layer_of_another_root_is_refused() {
+    let mut home = Home::new(RigFs::Xfs);
+    let (store, rows) = two(&home);
+    clone_tree(&home.at("b"), &home.at("c"));
+    fs::write(home.at("c/filler/d1/f1"), bytes(779, 9000)).unwrap();
+    settle(&home.at("c"));
+    let other = home.seal(&store, &["c"]).remove(0);
+    for row in [&rows[1], &other] {
+        let view = home.mount(&store, row, "view");
+        home.umount(&store, &view);
+    }
+    let aside = home.at("aside");
+    let swap = |part: &str| {
+        let [one, two] = [&rows[1], &other].map(|row| store.root_dir(row.id, row.generation).join(part));
+        fs::rename(&one, &aside).unwrap();
+        fs::rename(&two, &one).unwrap();
+        fs::rename(&aside, &two).unwrap();
+    };
+    let refused =
+        |home: &mut Home| home.try_mount(&store, &rows[1], "view", &MountOptions::default()).unwrap_err();
+    swap(DIFF);
+    let error = refused(&mut home);
+    assert!(matches!(error, ViewError::Diff(DiffDamage::Wrong { .. })), "{error:?}");
+    swap("diff.list");
+    let error = refused(&mut home);
+    assert!(matches!(error, ViewError::Diff(DiffDamage::List { .. })), "{error:?}");
+    swap("diff.list");
+    swap(DIFF);
+    // An upper that was mounted with another root's layer.
+    swap("upper");
+    let error = refused(&mut home);
+    assert!(matches!(error, ViewError::ForeignUpper { .. }), "{error:?}");
+    swap("upper");
+    // The same tree, another directory: only the kernel can tell.
+    let at = layer(&store, &rows[1]);
+    let tree = diff::read(at.parent().unwrap(), store.diff(rows[1].id, 0).unwrap().unwrap().digest).unwrap();
+    fs::rename(&at, home.at("aside")).unwrap();
+    let again = home.at("again");
+    fs::create_dir(&again).unwrap();
+    diff::write(&again, &tree, None).unwrap();
+    fs::rename(again.join(DIFF), &at).unwrap();
+    let error = refused(&mut home);
+    assert!(matches!(error, ViewError::ForeignUpper { .. }), "{error:?}");
+}
+
+#[test]
+fn privileged_anchors_and_the_base_stay_as_long_as_a_layer_needs_them() {
+    for fs in BOTH {
+        let mut home = Home::new(fs);
+        let (mut store, rows) = two(&home);
+        let raw = take(&home.at("b"));
+        store.remove_root(rows[0].id).unwrap();
+        let report = store.gc(&|_| false, &Task::default()).unwrap();
+        assert_eq!((report.images, report.anchors), (0, 0), "{fs:?}");
+        let view = home.mount(&store, &rows[1], "view");
+        assert_eq!(differences(&raw, &take(&view), true), [""; 0], "{fs:?}");
+        home.umount(&store, &view);
+        // Sealed again with a change: the earlier generation goes, and with it the one anchor that only it named.
+        fs::write(home.at("b/filler/d1/f1"), bytes(900, 50)).unwrap();
+        settle(&home.at("b"));
+        let row = home.seal(&store, &["b"]).remove(0);
+        assert!(
+            row.generation == 1 && entries(&store, &row).is_none(),
+            "no whole root is left to differ from"
+        );
+        let view = home.mount(&store, &row, "view");
+        let report = store.gc(&|_| false, &Task::default()).unwrap();
+        assert_eq!((report.generations, report.images), (1, 1), "{fs:?}: {report:?}");
+        assert!(report.anchors >= 1, "{fs:?}: {report:?}");
+        assert_eq!(differences(&take(&home.at("b")), &take(&view), true), [""; 0], "{fs:?}");
+        home.umount(&store, &view);
+        store.remove_root(row.id).unwrap();
+        store.gc(&|_| false, &Task::default()).unwrap();
+        assert!(view_support::files(&home.at(".pagefold/anchors")).is_empty(), "{fs:?}");
+        store.destroy().unwrap();
+        assert!(!home.at(".pagefold").exists());
+    }
+}
+
+/// Deeper than a path may be long: made, compared, shown and removed step by step.
+#[test]
+fn privileged_a_layer_may_be_deeper_than_paths_are_long() {
+    const LEVELS: usize = 300;
+    let name = "x".repeat(20);
+    for fs in BOTH {
+        let mut home = Home::new(fs);
+        for n in 0..(5 * LEVELS) {
+            fs::create_dir_all(home.at(&format!("a/many/{n}"))).unwrap();
+        }
+        clone_tree(&home.at("a"), &home.at("b"));
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut at = dir(&home.at("b"));
+        for _ in 0..LEVELS {
+            rustix::fs::mkdirat(&at, &name, Mode::RWXU).unwrap();
+            at = rustix::fs::openat(&at, &name, flags, Mode::empty()).unwrap();
+        }
+        rustix::fs::symlinkat("deep", &at, "bottom").unwrap();
+        let mut store = home.store();
+        let rows = home.seal(&store, &["a", "b"]);
+        assert_eq!(entries(&store, &rows[1]), Some(LEVELS as u64 + 2), "{fs:?}");
+        let view = home.mount(&store, &rows[1], "view");
+        let mut at = dir(&view);
+        for _ in 0..LEVELS {
+            at = rustix::fs::openat(&at, &name, flags, Mode::empty()).unwrap();
+        }
+        assert_eq!(rustix::fs::readlinkat(&at, "bottom", Vec::new()).unwrap().as_bytes(), b"deep");
+        drop(at);
+        assert_eq!(store.verify(&Task::default()).unwrap().problems, [], "{fs:?}");
+        home.umount(&store, &view);
+        store.remove_root(rows[1].id).unwrap();
+        store.gc(&|_| false, &Task::default()).unwrap();
+        assert!(!layer(&store, &rows[1]).exists());
+    }
+}
+
+/// Overlayfs looks for anchors in the layers below first: a base with a directory of such a name can't be one.
+#[test]
+fn privileged_a_base_with_a_name_like_those_of_anchors_gets_no_layer_over_it() {
+    let mut home = Home::new(RigFs::Xfs);
+    filler(&home.at("a"));
+    fs::create_dir(home.at("a/7f")).unwrap();
+    clone_tree(&home.at("a"), &home.at("b"));
+    fs::write(home.at("b/filler/d1/f1"), b"other").unwrap();
+    settle(&home.at("b"));
+    let store = home.store();
+    let rows = home.seal(&store, &["a", "b"]);
+    assert_eq!(entries(&store, &rows[1]), None);
+    let view = home.mount(&store, &rows[1], "view");
+    assert_eq!(differences(&take(&home.at("b")), &take(&view), true), [""; 0]);
+}
