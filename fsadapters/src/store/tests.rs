@@ -29,8 +29,9 @@ fn temp() -> Temp {
     Temp(tempfile::tempdir().expect("a temporary directory"))
 }
 
+/// Waits a little: a child of another test holds our lock between its fork and its exec.
 fn open(dir: &Path) -> Result<Store, StoreError> {
-    Store::open_within(dir, OpenMode::Create, "test", Duration::ZERO)
+    Store::open_within(dir, OpenMode::Create, "test", Duration::from_secs(2))
 }
 
 fn root(store: &Store, domain: &DomainRow, path: &str, layers: Vec<ImageDigest>) -> RootRow {
