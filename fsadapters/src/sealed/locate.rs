@@ -452,7 +452,11 @@ impl<'a> Locator<'a> {
         }
         let cancel = self.progress.cancel_flag();
         if size <= SMALL_BYTES_MAX && self.borrow.is_none() {
-            self.reads.read(anchor.file.as_fd(), size, &mut room.other, |_, _| Ok(true))?;
+            // An anchor that can't be read is none, and no reason to give the root up.
+            if let Err(error) = self.reads.read(anchor.file.as_fd(), size, &mut room.other, |_, _| Ok(true)) {
+                tracing::warn!(%key, %error, "anchor can't be read: `pagefold verify` tells more");
+                return Ok(None);
+            }
             if !self.alone && self.keep_small.fetch_sub(1, Ordering::Relaxed) > 0 {
                 self.small.insert(key, room.other[..].into());
             }

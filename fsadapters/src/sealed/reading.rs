@@ -17,7 +17,7 @@ use pagefold_engine::units::{FsId, PageSize};
 use pagefold_engine::whole::{Moment, Reading};
 use pagefold_sys::cache;
 use pagefold_sys::fiemap::{FiemapError, Sync as MapSync, read_extents};
-use rustix::fs::Stat;
+use rustix::fs::{SeekFrom, Stat};
 use rustix::io::Errno;
 
 use crate::fsid::{self, FsFacts};
@@ -128,6 +128,17 @@ impl Readings {
         let (began, ended) = (self.now(), self.now());
         let layout = Layout::undecided(size, self.page, Undecided::Inline);
         Reading { began, ended, layout, cache: CacheState::Clean, moved: false }
+    }
+
+    /// Waits for writes that are under way by `write(2)`: a call that has set the change time and not yet a byte would not show, neither as a
+    /// dirty page nor as another change time when it ends. A map of btrfs waits for them by the way; who reads bytes without one asks
+    /// for this first. False where it can't be known.
+    ///
+    /// By `SEEK_DATA` from the end of the file: btrfs takes the lock that writers hold, sees that there is nothing, and gives it back. XFS
+    /// takes that of its map only; but there reading takes the writers' lock itself.
+    pub fn await_writers(&self, file: BorrowedFd<'_>, size: u64) -> bool {
+        // A file that grew meanwhile has data there: its size tells.
+        matches!(rustix::fs::seek(file, SeekFrom::Data(size)), Ok(_) | Err(Errno::NXIO))
     }
 
     /// The synced map, into `room`, and where its addresses are unique.

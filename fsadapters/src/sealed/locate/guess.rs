@@ -135,8 +135,9 @@ impl Locator<'_> {
 
     /// A file that has no place, most likely: compared with the anchor that is likely its own, or found by what it holds.
     ///
-    /// Its pages were clean before and after its bytes were read and its times are the same: what was read is what it held at
-    /// one moment, as in [`Locator::by_content`]. `None`: it moved, or is dirty; then it is looked at in full.
+    /// Writers of before its times were read are through, its pages were clean before and after its bytes were read, and its times are the
+    /// same: what was read is what it held at one moment, as in [`Locator::by_content`], where the map is what waits for writers.
+    /// `None`: it moved, or is dirty; then it is looked at in full.
     fn small_file(
         &self,
         file: &FileAt<'_>,
@@ -144,8 +145,9 @@ impl Locator<'_> {
         room: &mut Room,
     ) -> Result<Option<(Stat, Located)>, WalkError> {
         let (fd, stat, size) = (file.fd, file.stat, file.stat.st_size.cast_unsigned());
+        let none_writes = self.readings.await_writers(fd, size);
         let dirty = self.readings.dirty(fd, size).map_err(|e| WalkError::here("ask the cache of", e))?;
-        if dirty != Some(false) {
+        if !none_writes || dirty != Some(false) {
             return Ok(None);
         }
         if let Err(e) = self.reads.read(fd, size, &mut room.bytes, |_, _| Ok(true)) {
