@@ -364,3 +364,37 @@ fn privileged_gc_keeps_what_an_upper_needs() {
     assert_eq!(lookup.by_extents(domain.id, BYTES.len() as u64, &signature(1)).unwrap(), None);
     assert!(lookup.by_extents(domain.id, BYTES.len() as u64, &signature(9)).unwrap().is_some());
 }
+
+/// The mark of a directory that no commit named lies in it, and must not go before the rest: nobody could tell then what that is.
+#[test]
+fn privileged_an_unpublished_directory_that_went_half_way_is_no_hindrance() {
+    for fs in FILE_SYSTEMS {
+        let rig = rig(fs, 400 << 20);
+        let dir = store_dir(&rig);
+        let store = open(&dir);
+        let domain = store.ensure_domain("default").unwrap();
+        let id = store.new_seal_id().unwrap();
+        let build = store.build(&domain);
+        let made = build.make_root_dir(id, 0).unwrap();
+        // What resists stands for a kill in the middle.
+        let resists = made.join("diff/filler");
+        fs::create_dir_all(&resists).unwrap();
+        rustix::mount::mount_bind(rig.path(), &resists).unwrap();
+        drop(build);
+        let held: Vec<_> = fs::read_to_string("/proc/self/mountinfo")
+            .unwrap()
+            .lines()
+            .filter_map(|line| line.split(' ').nth(4).map(PathBuf::from))
+            .filter(|at| at.starts_with(&dir) && at.ends_with("diff/filler"))
+            .collect();
+        assert_eq!(held.len(), 1, "{fs:?}: what is mounted is not crossed");
+        rustix::mount::unmount(&held[0], rustix::mount::UnmountFlags::DETACH).unwrap();
+        let build = store.build(&domain);
+        build.make_root_dir(id, 0).unwrap_or_else(|e| panic!("{fs:?}: {e}"));
+        drop(build);
+        drop(store);
+        let store = Store::open(&dir, OpenMode::Existing, "test").unwrap();
+        assert!(fs::read_dir(dir.join("tmp")).unwrap().next().is_none(), "{fs:?}");
+        assert!(!store.root_dir(id, 0).exists(), "{fs:?}");
+    }
+}

@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use pagefold_fsadapters::sealed::diff::{self, DIFF, DiffDamage};
 use pagefold_fsadapters::sealed::mount::{MountOptions, discard_writes};
@@ -476,4 +477,56 @@ fn privileged_a_base_with_a_name_like_those_of_anchors_gets_no_layer_over_it() {
     assert_eq!(entries(&store, &rows[1]), None);
     let view = home.mount(&store, &rows[1], "view");
     assert_eq!(differences(&take(&home.at("b")), &take(&view), true), [""; 0]);
+}
+
+/// A view over it could not be mounted, and nobody would have said so before.
+#[test]
+fn privileged_a_damaged_image_gets_no_layer_over_it() {
+    let mut home = Home::new(RigFs::Xfs);
+    filler(&home.at("a"));
+    clone_tree(&home.at("a"), &home.at("b"));
+    fs::write(home.at("b/filler/d1/f1"), b"other").unwrap();
+    for name in ["c", "d"] {
+        clone_tree(&home.at("b"), &home.at(name));
+    }
+    fs::write(home.at("d/filler/d1/f2"), b"other").unwrap();
+    settle(&home.at("d"));
+    let store = home.store();
+    let base = home.seal(&store, &["a"]).remove(0);
+    let image = store.image_path(&base.layers[0]);
+    assert!(Command::new("chattr").arg("-i").arg(&image).status().unwrap().success());
+    fs::write(&image, b"damaged").unwrap();
+    let row = home.seal(&store, &["b"]).remove(0);
+    assert!(entries(&store, &row).is_none() && row.layers != base.layers);
+    let view = home.mount(&store, &row, "view");
+    assert_eq!(differences(&take(&home.at("b")), &take(&view), true), [""; 0]);
+    // The next ones differ from that, by nothing or a little.
+    for (name, differs) in [("c", false), ("d", true)] {
+        let next = home.seal(&store, &[name]).remove(0);
+        assert_eq!((entries(&store, &next).is_some(), &next.layers), (differs, &row.layers), "{name}");
+    }
+}
+
+/// An attribute that just fits without what an escape adds to its name: an image holds it, a layer can't.
+#[test]
+fn privileged_what_a_layer_cannot_hold_an_image_shows() {
+    let mut home = Home::new(RigFs::Btrfs);
+    filler(&home.at("a"));
+    clone_tree(&home.at("a"), &home.at("b"));
+    let large = home.at("b/filler/d1/f1");
+    let fits = |length: usize| {
+        rustix::fs::lsetxattr(&large, "trusted.overlay.large", &bytes(5, length), XattrFlags::empty()).is_ok()
+    };
+    let most = (1..65_536).rev().find(|length| fits(*length)).unwrap();
+    assert!(most > 3000, "{most}");
+    fs::remove_file(home.at("b/filler/d3/f3")).unwrap();
+    settle(&home.at("b"));
+    let store = home.store();
+    let rows = home.seal(&store, &["a", "b"]);
+    assert!(entries(&store, &rows[1]).is_none() && rows[0].layers != rows[1].layers);
+    let root_dir = store.root_dir(rows[1].id, rows[1].generation);
+    assert!(diff::PARTS.iter().all(|part| !root_dir.join(part).exists()));
+    let view = home.mount(&store, &rows[1], "view");
+    assert_eq!(differences(&take(&home.at("b")), &take(&view), true), [""; 0]);
+    assert_eq!(store.verify(&Task::default()).unwrap().problems, []);
 }

@@ -248,7 +248,7 @@ impl Build<'_> {
             if row.is_some() || !is_unpublished(store, &name) {
                 return Err(StoreError::Inconsistent(format!("{name} is there already")));
             }
-            remove_tree(store, &name)?;
+            remove_unpublished(store, id, generation)?;
         }
         locked(&self.roots).insert((id, generation));
         rustix::fs::mkdirat(&store.fd, &name, Mode::RWXU).map_err(|e| io("make the directory", e))?;
@@ -289,6 +289,18 @@ impl Build<'_> {
 pub(super) fn is_unpublished(store: &Store, name: &str) -> bool {
     place::exists(&store.fd, &format!("{name}/{UNPUBLISHED}"))
         || place::is_dir(&store.fd, name) && super::remove::is_empty_dir(&store.fd, name).unwrap_or(false)
+}
+
+/// Removes a directory that [`is_unpublished`]. It goes aside first: the mark is not to go before what it marks, for then nobody could tell
+/// what the rest is, and the root could never be sealed again. What is left aside goes at the next open.
+pub(super) fn remove_unpublished(store: &Store, id: SealId, generation: u64) -> Result<(), StoreError> {
+    let (name, aside) = (root_name(id, generation), format!("tmp/unpublished-{id}-{generation}"));
+    remove_tree(store, &aside)?;
+    match rustix::fs::renameat(&store.fd, &name, &store.fd, &aside) {
+        Ok(()) => remove_tree(store, &aside),
+        Err(Errno::NOENT) if !place::exists(&store.fd, &name) => Ok(()),
+        Err(e) => Err(StoreError::io("move aside", &store.dir.join(name), e)),
+    }
 }
 
 fn write_file(store: &Store, name: &str, bytes: &[u8]) -> Result<OwnedFd, StoreError> {
@@ -375,7 +387,7 @@ impl Drop for Build<'_> {
                 }
             }
             for (id, generation) in std::mem::take(&mut *locked(&self.roots)) {
-                if let Err(e) = remove_tree(self.store, &root_name(id, generation)) {
+                if let Err(e) = remove_unpublished(self.store, id, generation) {
                     tracing::warn!("an unpublished directory stays until the next start: {e}");
                 }
                 let _ = rustix::fs::unlinkat(&self.store.fd, format!("roots/{id}"), AtFlags::REMOVEDIR);

@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
-use super::build::{UNPUBLISHED, is_unpublished};
+use super::build::{UNPUBLISHED, is_unpublished, remove_unpublished};
 use super::crash::step;
 use super::error::StoreError;
 use super::index::{ANCHORS, BUILDING, DOMAINS, GENERATIONS, IMAGES};
@@ -164,7 +164,7 @@ fn drop_unpublished_roots(store: &Store) -> Result<(), StoreError> {
                 // Left by a crash right after the commit.
                 let _ = rustix::fs::unlinkat(&store.fd, format!("{name}/{UNPUBLISHED}"), AtFlags::empty());
             } else if is_unpublished(store, &name) {
-                log(remove_tree(store, &name));
+                log(remove_unpublished(store, SealId(id), generation));
             }
         }
         // Fails while a generation is in it, as it should.

@@ -6,12 +6,16 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::sealed::delta::delta;
+use crate::sealed::heal::is_whole;
 use crate::sealed::tree::{Inode, InodeIndex, Tree};
 use crate::store::manifest::read_manifest;
 use crate::store::{ImageDigest, RootRow, Store};
 
 /// A layer of more than this part of the tree gains little, and costs inodes of the store's file system and directories that must be merged.
 const WORTH_IT: usize = 4;
+
+/// Roots that are looked at for a base.
+const TRIES: usize = 8;
 
 /// A published image and the tree it shows.
 pub(super) struct Base {
@@ -28,7 +32,7 @@ pub(super) enum Difference {
 }
 
 impl Base {
-    /// The image of a whole root that most roots of the domain stand on. `None`: there is none, or its manifest can't be read
+    /// The image of a whole root that most roots of the domain stand on. `None`: there is none that is whole
     /// (then roots get images of their own; `verify` tells what is damaged).
     pub fn choose(store: &Store, domain: u32) -> Option<Base> {
         let roots: Vec<RootRow> = store.roots().ok()?.into_iter().filter(|r| r.domain == domain).collect();
@@ -39,12 +43,21 @@ impl Base {
         let differ = store.generations().ok()?.into_iter().filter(|g| g.has_diff);
         let differ: HashSet<_> = differ.map(|g| (g.id, g.generation)).collect();
         let whole = |root: &&RootRow| root.layers.len() == 1 && !differ.contains(&(root.id, root.generation));
-        let best =
-            roots.iter().filter(whole).max_by_key(|r| (uses[&r.layers[0]], std::cmp::Reverse(r.id)))?;
-        match read_manifest(&store.root_dir(best.id, best.generation)) {
-            Ok(tree) => Some(Base { digest: best.layers[0], tree }),
+        let mut candidates: Vec<&RootRow> = roots.iter().filter(whole).collect();
+        candidates.sort_by_key(|root| (std::cmp::Reverse(uses[&root.layers[0]]), root.id));
+        candidates.into_iter().take(TRIES).find_map(|root| Base::of(store, root))
+    }
+
+    fn of(store: &Store, root: &RootRow) -> Option<Base> {
+        // A view over a damaged image can't be mounted.
+        if !is_whole(store, root.layers[0]) {
+            tracing::warn!(root = %root.id, image = %root.layers[0], "not used as a base: its image is damaged");
+            return None;
+        }
+        match read_manifest(&store.root_dir(root.id, root.generation)) {
+            Ok(tree) => Some(Base { digest: root.layers[0], tree }),
             Err(error) => {
-                tracing::warn!(root = %best.id, %error, "not used as a base");
+                tracing::warn!(root = %root.id, %error, "not used as a base");
                 None
             }
         }
