@@ -8,8 +8,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::view::{ViewRig, done, must};
+use common::view::{ViewRig, at_step, done, must, signal, told};
 use pagefold_testfs::rig::RigFs;
+use rustix::process::Signal;
 
 /// (mode, owner, size, links, mtime, bytes) of everything below `root`; directories without size and links.
 type Shown = BTreeMap<PathBuf, (u32, u32, u64, u64, (i64, i64), Vec<u8>)>;
@@ -115,4 +116,34 @@ fn privileged_balance_and_defragmentation_between_seal_and_mount_change_nothing(
     assert_eq!(report["roots"][0]["made"], 0, "{report}");
     let store = rig.path(".pagefold");
     done(&["verify".as_ref(), "--store".as_ref(), store.as_os_str()]);
+}
+
+/// Between the look at a file and the last at its anchor a balance moves the anchor, so the file is looked at again; by then
+/// another has its name.
+#[test]
+fn privileged_a_file_replaced_while_anchors_move_is_told_and_fails_no_root() {
+    let rig = ViewRig::new(RigFs::Btrfs);
+    let one = rig.make_dir("one");
+    for n in 0..20u32 {
+        fs::write(one.join(format!("f{n}")), n.to_le_bytes().repeat(5000)).expect("room on the rig");
+    }
+    for name in ["two", "three"] {
+        must(Command::new("cp").args(["-a", "--reflink=always"]).arg(&one).arg(rig.path(name)));
+    }
+    must(Command::new("sync").arg("-f").arg(rig.rig.path()));
+    done(&["seal".as_ref(), one.as_os_str()]);
+    let (two, three) = (rig.path("two"), rig.path("three"));
+    let child = at_step(&["seal".as_ref(), two.as_os_str(), three.as_os_str()], "seal.walked");
+    must(Command::new("btrfs").args(["balance", "start", "--full-balance"]).arg(rig.rig.path()));
+    fs::write(two.join("new"), b"the other file").expect("room on the rig");
+    fs::rename(two.join("new"), two.join("f7")).expect("one directory");
+    signal(child.id(), Signal::CONT);
+    let output = child.wait_with_output().expect("it ends");
+    assert!(output.status.success(), "{}", told(&output));
+    assert!(told(&output).contains("two/f7: the file was being written"), "{}", told(&output));
+    for name in ["two", "three"] {
+        let view = rig.make_dir(&format!("view-{name}"));
+        done(&["mount".as_ref(), rig.path(name).as_os_str(), view.as_os_str()]);
+        assert_eq!(shown(&view), shown(&rig.path(name)), "{name}");
+    }
 }

@@ -4,13 +4,12 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::pagefold;
-use common::view::{ViewRig, done, must, told};
+use common::view::{ViewRig, at_step, done, must, signal, stops, told};
 use pagefold_testfs::rig::RigFs;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
 /// Several batches of names.
 const FILES: usize = 3000;
@@ -31,31 +30,6 @@ fn written() -> (ViewRig, PathBuf) {
 
 fn is_whole(at: &Path) -> bool {
     (0..FILES).all(|n| fs::read_to_string(at.join(format!("f{n}"))).is_ok_and(|text| text == n.to_string()))
-}
-
-/// Waits until process `id` is stopped.
-fn stops(id: u32) {
-    let started = Instant::now();
-    loop {
-        let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
-        if stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T')) {
-            return;
-        }
-        assert!(started.elapsed() < Duration::from_secs(60), "it neither stopped nor ended: {stat}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn signal(id: u32, signal: Signal) {
-    kill_process(Pid::from_raw(id.cast_signed()).expect("a process"), signal).expect("it is there");
-}
-
-fn at_step(args: &[&std::ffi::OsStr], step: &str) -> Child {
-    let mut command = pagefold();
-    command.args(args).env("PAGEFOLD_STOP_AT", step).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = command.spawn().expect("it starts");
-    stops(child.id());
-    child
 }
 
 #[test]

@@ -4,9 +4,11 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use pagefold_testfs::rig::{LoopRig, RigFs};
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::pagefold;
 
@@ -115,6 +117,33 @@ pub fn suite() -> String {
     let text = std::fs::read_to_string("/etc/os-release").expect("a Linux with os-release");
     let name = text.lines().find_map(|l| l.strip_prefix("VERSION_CODENAME=")).expect("a Debian");
     name.trim_matches('"').to_owned()
+}
+
+/// Waits until process `id` is stopped.
+pub fn stops(id: u32) {
+    let started = Instant::now();
+    loop {
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+        if stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T')) {
+            return;
+        }
+        assert!(started.elapsed() < Duration::from_secs(60), "it neither stopped nor ended: {stat}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Sends process `id` a signal.
+pub fn signal(id: u32, signal: Signal) {
+    kill_process(Pid::from_raw(id.cast_signed()).expect("a process"), signal).expect("it is there");
+}
+
+/// Starts pagefold, which stops itself at `step`.
+pub fn at_step(args: &[&OsStr], step: &str) -> Child {
+    let mut command = pagefold();
+    command.args(args).env("PAGEFOLD_STOP_AT", step).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().expect("it starts");
+    stops(child.id());
+    child
 }
 
 /// Gives `root` a static shell, enough for a container to start.

@@ -116,36 +116,49 @@ fn locate_again(walked: &mut Walked, locator: &Locator<'_>) -> Result<(), WalkEr
     if open.is_empty() {
         return Ok(());
     }
-    // The first name of each inode.
-    let mut names: FxHashMap<InodeIndex, EntryId> = FxHashMap::default();
+    // The first name of each inode, and whether it is the only one.
+    let mut names: FxHashMap<InodeIndex, (EntryId, bool)> = FxHashMap::default();
     for (number, entry) in (0u32..).zip(&walked.sketch.tree.entries) {
-        names.entry(entry.inode).or_insert(EntryId(number));
+        let name = names.entry(entry.inode).or_insert((EntryId(number), true));
+        name.1 = name.0 == EntryId(number);
     }
     for index in open {
-        let path = walked.sketch.tree.path(names[&InodeIndex(index as u32)]);
-        let at = std::path::PathBuf::from(OsStr::from_bytes(&path));
-        one_again(&walked.root, &mut walked.sketch, index, &at, locator, &mut room)
+        let (name, only) = names[&InodeIndex(index as u32)];
+        let at = std::path::PathBuf::from(OsStr::from_bytes(&walked.sketch.tree.path(name)));
+        let again = Again { index, path: &at, only };
+        one_again(&walked.root, &mut walked.sketch, again, locator, &mut room)
             .map_err(|error| error.at(at))?;
     }
     Ok(())
 }
 
+/// A file to look at again.
+struct Again<'p> {
+    /// Its inode in the tree.
+    index: usize,
+    /// Below the root.
+    path: &'p std::path::Path,
+    /// The tree has no other name of it.
+    only: bool,
+}
+
 fn one_again(
     root: &OpenRoot,
     sketch: &mut Sketch<Located>,
-    index: usize,
-    path: &std::path::Path,
+    Again { index, path, only }: Again<'_>,
     locator: &Locator<'_>,
     room: &mut Room,
 ) -> Result<(), WalkError> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let opened = rustix::fs::openat2(root.fd(), path, flags, Mode::empty(), resolve);
-    // Gone or replaced since it was looked at: what it was can't be had any more.
+    // Gone since it was looked at: what it was can't be had any more.
     let fd = opened.map_err(|e| WalkError::here("open again", e))?;
     let stat = rustix::fs::fstat(&fd).map_err(|e| WalkError::here("stat", e))?;
     let inode = &mut sketch.tree.inodes[index];
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_ino != inode.raw.ino {
+    // Another file has its name now: that one is told, unless other names still show the former.
+    let replaced = stat.st_ino != inode.raw.ino;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || (replaced && !only) {
         return Err(WalkError::here("look again at", rustix::io::Errno::STALE));
     }
     let file = FileAt { root: 0, fd: fd.as_fd(), stat: &stat, previous: None, guess: None };
@@ -155,6 +168,6 @@ fn one_again(
     inode.meta = meta(&stat, xattrs.map_err(|e| WalkError::here("read attributes of", e))?);
     inode.raw = raw_facts(&stat);
     inode.node = Node::File { size: inode.raw.size, data: crate::sealed::tree::Data::Empty };
-    sketch.found[index] = Some(located);
+    sketch.found[index] = Some(Located { unsettled: located.unsettled || replaced, ..located });
     Ok(())
 }
