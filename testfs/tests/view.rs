@@ -321,3 +321,35 @@ fn privileged_older_ways_of_handing_layers_over_mount_the_same() {
         home.umount(&store, &view);
     }
 }
+
+/// Overlayfs notes where a file was, in at most `redirect_max` bytes.
+#[test]
+fn privileged_a_long_path_can_be_renamed_within_its_directory_only() {
+    let limit = fs::read_to_string("/sys/module/overlay/parameters/redirect_max").unwrap();
+    let limit: usize = limit.trim().parse().unwrap();
+    for fs in BOTH {
+        let mut home = Home::new(fs);
+        let name = "x".repeat(100);
+        let long: PathBuf = (0..=limit / 100).map(|_| &name).collect();
+        fs::create_dir_all(home.at("a").join(&long).join("dir")).unwrap();
+        for n in ["f", "g"] {
+            fs::write(home.at("a").join(&long).join(n), n).unwrap();
+        }
+        settle(&home.at("a"));
+        let store = home.store();
+        let row = home.seal(&store, &["a"]).remove(0);
+        let view = home.mount(&store, &row, "view");
+        let at = view.join(&long);
+        let answer = |result: std::io::Result<()>| result.err().and_then(|e| e.raw_os_error());
+        let other_device = Some(rustix::io::Errno::XDEV.raw_os_error());
+        assert_eq!(answer(fs::rename(at.join("f"), view.join("f"))), other_device, "{fs:?}");
+        assert_eq!(answer(fs::rename(at.join("dir"), view.join("dir"))), other_device, "{fs:?}");
+        assert_eq!(answer(fs::hard_link(at.join("f"), view.join("f"))), other_device, "{fs:?}");
+        assert_eq!(answer(fs::rename(at.join("f"), at.join("moved"))), None, "{fs:?}");
+        // All its data is its own then.
+        fs::write(at.join("g"), "written").unwrap();
+        assert_eq!(answer(fs::rename(at.join("g"), view.join("g"))), None, "{fs:?}");
+        assert_eq!(fs::read(view.join("g")).unwrap(), b"written");
+        assert_eq!(fs::read(at.join("moved")).unwrap(), b"f");
+    }
+}
