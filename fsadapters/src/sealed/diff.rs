@@ -3,6 +3,7 @@
 //! ```text
 //! roots/<id>/g<n>/diff/       directories, stubs, links, devices, whiteouts: a lower layer of overlayfs
 //! roots/<id>/g<n>/diff.list   the same as a tree (`store::manifest`); its BLAKE3 stands in the generation's row
+//! roots/<id>/g<n>/diff.stamps inode numbers and change times of all of it; may be missing
 //! ```
 //!
 //! Why not an image over the image: an EROFS directory costs a page of page cache at least, and changes of a few files are spread
@@ -19,8 +20,9 @@
 //! * Whatever the file system refuses (an attribute with two more beside it, links, room) ends the layer, not the seal: the root gets an
 //!   image of its own ([`write`]'s caller), and an error only if that fails too.
 //! * The generation's row holds the anchors that the layer names (`store::gc`).
-//! * Nothing seals the layer as a digest seals an image, so before each mount all of it is compared with the list: names (none missing, none more), kinds,
-//!   owners, modes, sizes, times, links, attributes. About 5 µs an entry.
+//! * Nothing seals the layer as a digest seals an image, so before each mount it must be shown that it is what the list says: by its stamps, that nobody
+//!   changed it since it was made (`stamps`); where they don't, by comparing all: names (none missing, none more), kinds, owners, modes, sizes, times, links,
+//!   attributes.
 //! * An upper belongs to its layer: the kernel remembers the top directory's file handle (`index=on`), we the list's digest.
 //! * What is damaged is made again only where a view's upper can't depend on the very inode ([`heal`]).
 //!
@@ -29,6 +31,7 @@
 
 mod check;
 mod make;
+mod stamps;
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -47,6 +50,8 @@ use crate::store::{ContentHash, RootRow, Store};
 pub const DIFF: &str = "diff";
 /// What must be in it.
 const LIST: &str = "diff.list";
+/// When each of its inodes changed last.
+const STAMPS: &str = "diff.stamps";
 /// Where inodes with several names are made.
 const LINKS: &str = "diff.links";
 
@@ -110,7 +115,17 @@ pub fn write(root_dir: &Path, tree: &Tree, numbers: Option<&Numbers<'_>>) -> Res
 }
 
 /// All that [`write`] makes in a root's directory.
-pub const PARTS: [&str; 3] = [DIFF, LINKS, LIST];
+pub const PARTS: [&str; 4] = [DIFF, LINKS, LIST, STAMPS];
+
+/// Takes the stamps of the layer in `root_dir`, which is complete and not published: a mount then need not compare all. Without them, for
+/// whatever reason, it does.
+pub fn stamp(root_dir: &Path, digest: ContentHash) {
+    let Ok(tree) = read(root_dir, digest) else { return };
+    let Some(taken) = stamps::settled(root_dir, &Plan::of(&tree)) else { return };
+    if let Err(error) = stamps::write(root_dir, digest, &taken) {
+        tracing::debug!("{}: no stamps: {error}", root_dir.display());
+    }
+}
 
 /// The tree that the layer in `root_dir` must be.
 ///
@@ -136,16 +151,23 @@ pub fn read(root_dir: &Path, digest: ContentHash) -> Result<Tree, DiffDamage> {
     manifest::decode(&bytes).map_err(|e| DiffDamage::List { path, why: e.to_string() })
 }
 
-/// The layer of `root_dir`, open, after all of it was compared with the list of that digest.
+/// The layer of `root_dir`, open, after it was shown to be what the list of that digest says: by its stamps, or as by [`open_as`].
 ///
 /// # Errors
 /// [`DiffDamage`].
 pub fn open(root_dir: &Path, digest: ContentHash) -> Result<OwnedFd, DiffDamage> {
     let tree = read(root_dir, digest)?;
+    let plan = Plan::of(&tree);
+    if let Some(stamps) = stamps::read(root_dir, digest, &plan)
+        && let Ok(dir) = rustix::fs::open(root_dir.join(DIFF), DIR_FLAGS, Mode::empty())
+        && stamps::take(dir.as_fd(), &plan).is_ok_and(|now| now == stamps)
+    {
+        return Ok(dir);
+    }
     open_as(root_dir, &tree)
 }
 
-/// [`open`] with the list read already.
+/// The layer of `root_dir`, open, after all of it was compared with `tree`, its list.
 ///
 /// # Errors
 /// [`DiffDamage`].
@@ -182,10 +204,22 @@ pub(super) fn of_root(store: &Store, row: &RootRow) -> Result<Option<Layer>, Vie
 /// [`DiffDamage`]: what is left.
 pub fn heal(root_dir: &Path, digest: ContentHash) -> Result<(), DiffDamage> {
     let tree = read(root_dir, digest)?;
-    if let Err(DiffDamage::Wrong { .. }) = open_as(root_dir, &tree) {
-        // Whether it went well is what the next look says.
-        let _ = make::heal(root_dir, &Plan::of(&tree));
-        open_as(root_dir, &tree)?;
+    let plan = Plan::of(&tree);
+    let unforgotten = |error| DiffDamage::Read { path: root_dir.join(STAMPS), error };
+    let mut taken = stamps::settled(root_dir, &plan);
+    match open_as(root_dir, &tree) {
+        Ok(_whole) => {}
+        Err(DiffDamage::Wrong { .. }) => {
+            stamps::forget(root_dir).map_err(unforgotten)?;
+            // Whether it went well is what the next look says.
+            let _ = make::heal(root_dir, &plan);
+            taken = stamps::settled(root_dir, &plan);
+            open_as(root_dir, &tree)?;
+        }
+        Err(_) => return Ok(()),
+    }
+    if let Some(Err(error)) = taken.map(|taken| stamps::keep(root_dir, digest, &plan, &taken)) {
+        tracing::debug!("{}: no stamps: {error}", root_dir.display());
     }
     Ok(())
 }

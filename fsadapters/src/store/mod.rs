@@ -11,7 +11,7 @@
 //!   images/<digest>.erofs      metadata images, named by the BLAKE3 of their bytes
 //!   roots/<id>/g<n>/upper, work   the writable layer of the n-th generation of a root's view
 //!   roots/<id>/g<n>/manifest      the root as it was sealed then
-//!   roots/<id>/g<n>/diff, diff.list   what differs from the image, where that is little; and what must be in there
+//!   roots/<id>/g<n>/diff, diff.list   what differs from the image, where that is little; and what must be in there (diff.stamps: when it changed last)
 //!   mounts/<digest>/           where an image is mounted while a view uses it
 //!   tmp/                       things being built; emptied at open
 //! ```

@@ -83,8 +83,25 @@ pub(super) fn write_all(
         }
     });
     let mut done = done.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    stamp_all(&done, place.store, threads);
     done.sort_by_key(|(root, _)| root.index);
     done
+}
+
+/// When all are written: stamps are taken some milliseconds after the last change, and so only the last layers have to wait.
+fn stamp_all(done: &[(OpenRoot, Result<Written, RootError>)], store: &Store, threads: usize) {
+    let layers: Vec<&NewDiff> =
+        done.iter().filter_map(|(_, written)| written.as_ref().ok()?.diff.as_ref()).collect();
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..threads.min(layers.len()) {
+            scope.spawn(|| {
+                while let Some(new) = layers.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    diff::stamp(&store.root_dir(new.root, new.generation), new.row.digest);
+                }
+            });
+        }
+    });
 }
 
 fn write(
