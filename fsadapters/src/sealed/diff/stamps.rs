@@ -2,7 +2,7 @@
 //!
 //! `diff.stamps` beside the list: of each entry, in the list's order, inode number and change time; the list's digest; BLAKE3 of all that. Every change
 //! of an inode (bytes, owner, mode, times, attributes, links, names in a directory) moves its change time, which no program can set. So a layer
-//! with the same names, numbers and change times is the one that was there when the stamps were taken.
+//! with the same numbers and change times is the one that was there when the stamps were taken.
 //!
 //! Limits: who sets the clock back first, or changes the disk below the file system, is not seen by stamps; [`super::open_as`] (`verify`, sealing again)
 //! compares all. Change times have the clock's tick, so stamps are taken only when the newest is older than that ([`settled`]).
@@ -11,14 +11,13 @@
 //! place. What it deliberately does not do: make them durable before the layer is (who publishes syncs; [`keep`] after healing syncs first).
 
 use std::io::{self, Read, Write};
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{AtFlags, Mode, OFlags, RawDir, Stat};
+use rustix::fs::{AtFlags, Mode, OFlags, Stat};
 
-use super::{DIFF, DIR_FLAGS, Plan, STAMPS, Visit, walk};
+use super::{DIFF, DIR_FLAGS, Plan, STAMPS};
 use crate::sealed::tree::EntryId;
 use crate::store::ContentHash;
 
@@ -52,51 +51,30 @@ impl Stamp {
 #[derive(PartialEq, Eq)]
 pub(super) struct Stamps(Vec<Stamp>);
 
-/// What is there now. An error where names are missing or more than they should be.
+/// What is there now. An error where a name is missing, or a path is too long for one call.
+///
+/// No directory is listed or opened: a name that comes moves the change time of its directory. What is reached by way of something else than the
+/// directories of the list differs there already.
 pub(super) fn take(top: BorrowedFd<'_>, plan: &Plan<'_>) -> io::Result<Stamps> {
-    let mut taker = Taker { plan, stamps: vec![Stamp::default(); plan.tree.entries.len()] };
-    if let Some(first) = taker.stamps.first_mut() {
+    let mut stamps = vec![Stamp::default(); plan.tree.entries.len()];
+    if let Some(first) = stamps.first_mut() {
         *first = Stamp::of(&rustix::fs::fstat(top)?);
     }
-    walk(top, plan, &mut taker)?;
-    Ok(Stamps(taker.stamps))
-}
-
-struct Taker<'a> {
-    plan: &'a Plan<'a>,
-    stamps: Vec<Stamp>,
-}
-
-impl Visit for Taker<'_> {
-    fn inside(&mut self, at: BorrowedFd<'_>, dir: EntryId) -> io::Result<()> {
-        let children = self.plan.children(dir);
-        for entry in children.iter().copied() {
-            let stat = rustix::fs::statat(at, self.plan.name(entry), AtFlags::SYMLINK_NOFOLLOW)?;
-            self.stamps[entry.0 as usize] = Stamp::of(&stat);
+    let mut dirs = vec![(EntryId(0), Vec::new())];
+    while let Some((dir, path)) = dirs.pop() {
+        let mut at = path;
+        let length = at.len();
+        for entry in plan.children(dir).iter().copied() {
+            at.truncate(length);
+            at.extend_from_slice(plan.name(entry));
+            let stat = rustix::fs::statat(top, &*at, AtFlags::SYMLINK_NOFOLLOW)?;
+            stamps[entry.0 as usize] = Stamp::of(&stat);
+            if plan.is_dir(entry) {
+                dirs.push((entry, [&at, &b"/"[..]].concat()));
+            }
         }
-        // All that should be there is: as many are no others.
-        if count(at)? != children.len() {
-            return Err(io::Error::other("other names"));
-        }
-        Ok(())
     }
-
-    fn leave(&mut self, _: BorrowedFd<'_>, _: EntryId) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Names in a directory that was just opened.
-fn count(at: BorrowedFd<'_>) -> io::Result<usize> {
-    let mut room = [MaybeUninit::<u8>::uninit(); 8192];
-    let mut dir = RawDir::new(at, &mut room);
-    let mut count = 0;
-    while let Some(entry) = dir.next() {
-        let entry = entry?;
-        let name = entry.file_name().to_bytes();
-        count += usize::from(name != b"." && name != b"..");
-    }
-    Ok(count)
+    Ok(Stamps(stamps))
 }
 
 /// What is there now, when later changes would have later times; waits for that some milliseconds at most. `None`: no stamps then.
