@@ -18,7 +18,7 @@
 //!   walked again, and no descriptor is kept for each.
 //! * Whiteouts are one inode with many names. A root that holds such a node itself is refused, with a layer as without.
 //! * Whatever the file system refuses (an attribute with two more beside it, links, room) ends the layer, not the seal: the root gets an
-//!   image of its own ([`write`]'s caller), and an error only if that fails too.
+//!   image of its own ([`write()`]'s caller), and an error only if that fails too.
 //! * The generation's row holds the anchors that the layer names (`store::gc`).
 //! * Nothing seals the layer as a digest seals an image, so before each mount it must be shown that it is what the list says: by its stamps, that nobody
 //!   changed it since it was made (`stamps`); where they don't, by comparing all: names (none missing, none more), kinds, owners, modes, sizes, times, links,
@@ -114,7 +114,7 @@ pub fn write(root_dir: &Path, tree: &Tree, numbers: Option<&Numbers<'_>>) -> Res
     Ok(ContentHash(*blake3::hash(&list).as_bytes()))
 }
 
-/// All that [`write`] makes in a root's directory.
+/// All that [`write()`] makes in a root's directory.
 pub const PARTS: [&str; 4] = [DIFF, LINKS, LIST, STAMPS];
 
 /// Takes the stamps of the layer in `root_dir`, which is complete and not published: a mount then need not compare all. Without them, for
