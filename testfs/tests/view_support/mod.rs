@@ -20,6 +20,7 @@ use pagefold_testfs::rig::{LoopRig, RigFs};
 use rustix::fs::{AtFlags, FileType, Mode, Timespec, Timestamps, XattrFlags};
 use rustix::mount::UnmountFlags;
 
+pub mod layer;
 #[path = "../commit_support/snapshot.rs"]
 pub mod snapshot;
 
