@@ -48,8 +48,7 @@ pub fn measure(args: &Args, tool: &Tool, fs: Fs, report: &mut Report) -> anyhow:
 /// Bytes of page cache that the roots beyond the first need if equal files were cached once.
 fn changed_bytes(tool: &Tool, roots: &[PathBuf]) -> anyhow::Result<f64> {
     let unique = |roots: &[PathBuf]| -> anyhow::Result<f64> {
-        // What extents can't tell (small files inside btrfs metadata) is read.
-        let args = ["scan", "--content", "--format", "json"].map(AsRef::as_ref);
+        let args = ["scan".as_ref(), "--format".as_ref(), "json".as_ref()];
         let args: Vec<&std::ffi::OsStr> =
             args.into_iter().chain(roots.iter().map(|r| r.as_os_str())).collect();
         let json: serde_json::Value = serde_json::from_slice(&tool.run(&args)?.1)?;
