@@ -1,8 +1,7 @@
 //! Roots that are shown as a shared image with a layer of differences over it, on real XFS and btrfs: what their views show, what
 //! keeps their anchors. What damage does: `view_diff_damage.rs`.
 
-use std::collections::HashSet;
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,9 +9,9 @@ use std::process::Command;
 use pagefold_fsadapters::sealed::diff::{self, DIFF, DiffDamage};
 use pagefold_fsadapters::sealed::mount::{MountOptions, discard_writes};
 use pagefold_fsadapters::sealed::view_error::ViewError;
-use pagefold_fsadapters::store::{RootRow, Store, Task};
+use pagefold_fsadapters::store::Task;
 use pagefold_testfs::rig::RigFs;
-use rustix::fs::{AtFlags, Mode, OFlags, Timespec, Timestamps, XattrFlags};
+use rustix::fs::{Mode, OFlags, XattrFlags};
 
 mod view_support;
 use view_support::layer::{entries, filler, layer, set_mtime, two};

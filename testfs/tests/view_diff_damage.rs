@@ -4,18 +4,21 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use pagefold_fsadapters::sealed::diff::{self, DIFF, DiffDamage};
-use pagefold_fsadapters::sealed::mount::{MountOptions, discard_writes};
+use pagefold_fsadapters::sealed::diff::{self, DiffDamage};
+use pagefold_fsadapters::sealed::mount::MountOptions;
 use pagefold_fsadapters::sealed::view_error::ViewError;
-use pagefold_fsadapters::store::{RootRow, Store, Task};
+use pagefold_fsadapters::store::Task;
+use pagefold_testfs::rig::RigFs;
 use rustix::fs::XattrFlags;
 
 mod view_support;
-use view_support::layer::{entries, layer, set_mtime, two};
+use view_support::layer::{layer, set_mtime, two};
 use view_support::snapshot::{differences, take};
-use view_support::{BOTH, Home, bytes};
+use view_support::{BOTH, Home};
+
+type Damage = (&'static str, fn(&Path));
 
 /// What is damaged, and how: the path that is told ends with it.
 const DAMAGES: [Damage; 14] = [

@@ -52,5 +52,3 @@ pub fn two(home: &Home) -> (Store, Vec<RootRow>) {
     assert!(entries(&store, &rows[1]).is_some());
     (store, rows)
 }
-
-type Damage = (&'static str, fn(&Path));
