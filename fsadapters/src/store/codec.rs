@@ -3,7 +3,6 @@
 //! Invariant: [`decode`] gives back exactly what [`encode`] was given, or an error: an unknown version, bytes that don't decode and
 //! bytes left over are all told, never guessed at.
 
-use super::rows::{AnchorRow, AnchorRow1};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -11,21 +10,6 @@ use serde::de::DeserializeOwned;
 pub(super) trait Row: Serialize + DeserializeOwned {
     const VERSION: u8;
     const WHAT: &'static str;
-
-    /// The row as an older version wrote it, and what is left over of the bytes; `None`: no such version.
-    fn older(_version: u8, _body: &[u8]) -> Option<postcard::Result<(Self, &[u8])>> {
-        None
-    }
-}
-
-impl Row for AnchorRow {
-    const VERSION: u8 = 2;
-    const WHAT: &'static str = "anchor";
-
-    fn older(version: u8, body: &[u8]) -> Option<postcard::Result<(AnchorRow, &[u8])>> {
-        let first = || postcard::take_from_bytes::<AnchorRow1>(body).map(|(row, rest)| (row.into(), rest));
-        (version == 1).then(first)
-    }
 }
 
 macro_rules! rows {
@@ -39,6 +23,7 @@ macro_rules! rows {
 
 rows! {
     super::rows::DomainRow, 1, "domain";
+    super::rows::AnchorRow, 2, "anchor";
     super::rows::RootRow, 1, "root";
     super::rows::ViewRow, 1, "view";
     super::index::StoredImage, 1, "image";
@@ -53,14 +38,14 @@ pub(super) fn encode<R: Row>(row: &R) -> Vec<u8> {
 
 pub(super) fn decode<R: Row>(bytes: &[u8]) -> Result<R, String> {
     let Some((&version, body)) = bytes.split_first() else { return Err(format!("an empty {} row", R::WHAT)) };
-    let unknown = || {
-        format!("a {} row of version {version}, this pagefold knows versions up to {}", R::WHAT, R::VERSION)
-    };
-    let taken = match version == R::VERSION {
-        true => postcard::take_from_bytes::<R>(body),
-        false => R::older(version, body).ok_or_else(unknown)?,
-    };
-    match taken {
+    if version != R::VERSION {
+        return Err(format!(
+            "a {} row of version {version}, this pagefold knows version {}",
+            R::WHAT,
+            R::VERSION
+        ));
+    }
+    match postcard::take_from_bytes::<R>(body) {
         Ok((row, [])) => Ok(row),
         Ok((_, rest)) => Err(format!("a {} row with {} bytes left over", R::WHAT, rest.len())),
         Err(e) => Err(format!("a {} row that is not understood: {e}", R::WHAT)),
@@ -69,31 +54,8 @@ pub(super) fn decode<R: Row>(bytes: &[u8]) -> Result<R, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rows::{AnchorStamp, DomainRow};
+    use super::super::rows::DomainRow;
     use super::*;
-
-    #[test]
-    fn an_anchor_row_of_version_1_is_read_as_one_without_a_stamp() {
-        let old = AnchorRow1 {
-            serial: 300,
-            domain: 1,
-            size: 9,
-            signature: None,
-            content: Some(crate::store::ContentHash([5; 32])),
-            borrowed: Some("/a/b".into()),
-        };
-        let bytes = postcard::to_extend(&old, vec![1]).unwrap();
-        let row = decode::<AnchorRow>(&bytes).unwrap();
-        assert_eq!(row, AnchorRow::from(old));
-        assert_eq!((row.serial, row.stamp), (300, None));
-        let new = AnchorRow { stamp: Some(AnchorStamp { ino: 7, ctime: (-1, 999) }), ..row };
-        assert_eq!(encode(&new)[0], 2);
-        assert_eq!(decode::<AnchorRow>(&encode(&new)), Ok(new));
-        for cut in 0..bytes.len() {
-            assert!(decode::<AnchorRow>(&bytes[..cut]).is_err(), "cut at {cut}");
-        }
-        assert!(decode::<AnchorRow>(&[0, 0]).is_err());
-    }
 
     #[test]
     fn a_row_comes_back_and_anything_else_is_told() {

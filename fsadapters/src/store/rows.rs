@@ -36,8 +36,7 @@ pub struct AnchorRow {
     /// layer is a hard link to it.
     #[serde(with = "path_bytes::optional")]
     pub borrowed: Option<PathBuf>,
-    /// What it was when it was made: set when it is published. `None`: borrowed (its times are its owner's), or made by a pagefold
-    /// that did not remember.
+    /// What it was when it was made: set when it is published. `None`: borrowed (its times are its owner's).
     pub stamp: Option<AnchorStamp>,
 }
 
@@ -59,25 +58,6 @@ impl AnchorStamp {
     pub fn of(file: impl AsFd) -> rustix::io::Result<AnchorStamp> {
         let stat = rustix::fs::fstat(file)?;
         Ok(AnchorStamp { ino: stat.st_ino, ctime: (stat.st_ctime, stat.st_ctime_nsec as u32) })
-    }
-}
-
-/// An [`AnchorRow`] of version 1.
-#[derive(Serialize, Deserialize)]
-pub(super) struct AnchorRow1 {
-    pub serial: u64,
-    pub domain: u32,
-    pub size: u64,
-    pub signature: Option<Signature>,
-    pub content: Option<ContentHash>,
-    #[serde(with = "path_bytes::optional")]
-    pub borrowed: Option<PathBuf>,
-}
-
-impl From<AnchorRow1> for AnchorRow {
-    fn from(old: AnchorRow1) -> AnchorRow {
-        let AnchorRow1 { serial, domain, size, signature, content, borrowed } = old;
-        AnchorRow { serial, domain, size, signature, content, borrowed, stamp: None }
     }
 }
 
