@@ -112,8 +112,12 @@ impl Farm {
 
     /// Runs the view's own program.
     fn sleeper(&self, root: &str) -> Sleeper {
+        self.program(root, "sleep")
+    }
+
+    fn program(&self, root: &str, name: &str) -> Sleeper {
         let child =
-            Command::new(self.view(root, "sleep")).arg("60").stdin(Stdio::null()).spawn().expect("starts");
+            Command::new(self.view(root, name)).arg("60").stdin(Stdio::null()).spawn().expect("starts");
         // Until it sleeps, it still brings pages in.
         let wchan = format!("/proc/{}/syscall", child.id());
         for _ in 0..200 {
@@ -287,6 +291,31 @@ fn privileged_status_claims_nothing_for_a_written_file() {
     assert!(distinct >= of_a.max(of_c));
     assert_eq!(number(&status["totals"], "saved_now_bytes"), of_a + of_c - distinct);
     assert!(sleepers[1].mapped().0 > 0, "it does run");
+}
+
+/// Its number stays that of the sealed file, its path does not.
+fn a_written_file_that_moved(kind: RigFs) {
+    let farm = Farm::new(kind);
+    farm.mount();
+    append(&farm.view("b", "sleep"), b"more");
+    fs::create_dir(farm.view("b", "new")).expect("room on the rig");
+    fs::rename(farm.view("b", "sleep"), farm.view("b", "new/moved")).expect("moved");
+    let sleepers = [farm.sleeper("a"), farm.program("b", "new/moved")];
+    let status = farm.status();
+    assert_eq!(number(root(&status, "b"), "processes"), 1);
+    assert_eq!(number(root(&status, "b"), "mapped_bytes"), 0, "its pages are its own");
+    assert_eq!(number(&status["totals"], "saved_now_bytes"), 0);
+    drop(sleepers);
+}
+
+#[test]
+fn privileged_status_claims_nothing_for_a_written_file_that_moved_xfs() {
+    a_written_file_that_moved(RigFs::Xfs);
+}
+
+#[test]
+fn privileged_status_claims_nothing_for_a_written_file_that_moved_btrfs() {
+    a_written_file_that_moved(RigFs::Btrfs);
 }
 
 #[test]

@@ -267,8 +267,8 @@ impl Looks {
 }
 
 /// The layer's handle inside an overlay's: `struct ovl_fh` (`fs/overlayfs/overlayfs.h`), three bytes of padding first.
-#[derive(Debug, PartialEq, Eq)]
-struct OriginHandle {
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct OriginHandle {
     uuid: [u8; 16],
     kind: i32,
     fid: Vec<u8>,
@@ -277,16 +277,25 @@ struct OriginHandle {
 impl OriginHandle {
     fn parse(handle: &handle::FileHandle) -> Option<OriginHandle> {
         const OVL_FILEID_V1: i32 = 0xf8;
-        const MAGIC: u8 = 0xfb;
-        const HEAD: usize = 5 + 16;
         if handle.kind & 0xff != OVL_FILEID_V1 {
             return None;
         }
-        let fh = handle.bytes.get(3..)?;
+        Self::parse_stored(handle.bytes.get(3..)?)
+    }
+
+    /// As `trusted.overlay.origin` of a copied-up file holds it, without the padding.
+    pub(crate) fn parse_stored(fh: &[u8]) -> Option<OriginHandle> {
+        const MAGIC: u8 = 0xfb;
+        const HEAD: usize = 5 + 16;
         let &[0, MAGIC, length, _flags, kind, ..] = fh else { return None };
         let uuid = fh.get(5..HEAD)?.try_into().ok()?;
         let fid = fh.get(HEAD..usize::from(length))?.to_vec();
         Some(OriginHandle { uuid, kind: i32::from(kind), fid })
+    }
+
+    /// Type number and encoding of the layer's own handle, whatever the layer's UUID.
+    pub(crate) fn fid(self) -> (i32, Vec<u8>) {
+        (self.kind, self.fid)
     }
 }
 

@@ -4,20 +4,44 @@
 //! file is copied up. The layer's own number is an image's or that of a file in the layer of differences, and there the extended attribute
 //! that overlayfs follows names the anchor. So one walk of each mounted image serves all its views.
 
-use std::collections::HashMap;
-use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::collections::{HashMap, HashSet};
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirEntryExt;
 use std::path::{Path, PathBuf};
+
+use pagefold_sys::handle::name_to_handle;
 
 use crate::store::{AnchorKey, ImageDigest};
 
-/// Anchors by inode number of one image, or of one layer of differences.
+/// A file of a layer.
+#[derive(Debug)]
+pub(super) struct LayerFile {
+    /// The anchor behind it.
+    pub anchor: AnchorKey,
+    /// Where it is.
+    at: PathBuf,
+}
+
+impl LayerFile {
+    /// Whether a file that was copied from this one is among `origins`; if that can't be known, too.
+    pub(super) fn is_origin(&self, origins: &HashSet<(i32, Vec<u8>)>) -> bool {
+        !origins.is_empty()
+            && CString::new(self.at.as_os_str().as_bytes())
+                .ok()
+                .and_then(|at| name_to_handle(rustix::fs::CWD, &at).ok())
+                .is_none_or(|handle| origins.contains(&(handle.kind & 0xff, handle.bytes)))
+    }
+}
+
+/// Files by inode number of one image, or of one layer of differences.
 #[derive(Debug, Default)]
-pub(super) struct ImageInodes(HashMap<u64, AnchorKey>);
+pub(super) struct ImageInodes(HashMap<u64, LayerFile>);
 
 impl ImageInodes {
     /// Walks the image mounted at `at`, or the layer there.
     pub(super) fn read(at: &Path) -> std::io::Result<ImageInodes> {
-        let mut anchors = HashMap::new();
+        let mut files = HashMap::new();
         let mut stack = vec![at.to_owned()];
         while let Some(dir) = stack.pop() {
             for entry in std::fs::read_dir(&dir)? {
@@ -26,13 +50,13 @@ impl ImageInodes {
                 if kind.is_dir() {
                     stack.push(entry.path());
                 } else if kind.is_file()
-                    && let Some(key) = anchor_of(&entry.path())
+                    && let Some(anchor) = anchor_of(&entry.path())
                 {
-                    anchors.insert(entry.ino(), key);
+                    files.insert(entry.ino(), LayerFile { anchor, at: entry.path() });
                 }
             }
         }
-        Ok(ImageInodes(anchors))
+        Ok(ImageInodes(files))
     }
 }
 
@@ -47,44 +71,29 @@ fn anchor_of(path: &Path) -> Option<AnchorKey> {
 #[derive(Debug)]
 pub(super) struct ViewInodes<'a> {
     /// On the upper's file system.
-    diff: Option<(ImageInodes, PathBuf)>,
-    images: Vec<(&'a ImageInodes, PathBuf)>,
+    diff: Option<ImageInodes>,
+    images: Vec<&'a ImageInodes>,
 }
 
 impl<'a> ViewInodes<'a> {
-    /// `None` when one of the images is not mounted. `diff` is the layer over them with its place.
+    /// `None` when one of the images is not mounted. `diff` is the layer over them.
     pub(super) fn new(
-        diff: Option<(ImageInodes, PathBuf)>,
+        diff: Option<ImageInodes>,
         digests: &[ImageDigest],
         images: &'a HashMap<ImageDigest, ImageInodes>,
-        mounts: &Path,
     ) -> Option<ViewInodes<'a>> {
-        let layer = |digest: &ImageDigest| Some((images.get(digest)?, mounts.join(digest.to_string())));
-        Some(ViewInodes { diff, images: digests.iter().map(layer).collect::<Option<_>>()? })
+        Some(ViewInodes { diff, images: digests.iter().map(|d| images.get(d)).collect::<Option<_>>()? })
     }
 
-    /// The anchor that a number shown by the view means.
-    pub(super) fn anchor(&self, shown: u64) -> Option<AnchorKey> {
+    /// The layer's file that a number shown by the view means.
+    pub(super) fn file(&self, shown: u64) -> Option<&LayerFile> {
         let (file_system, own) = split(shown, self.images.len() as u64)?;
         let layer = match file_system.checked_sub(1) {
             // What is new in the upper has no number of the layer: they lie on one file system.
-            None => &self.diff.as_ref()?.0,
-            Some(image) => self.images.get(image)?.0,
+            None => self.diff.as_ref()?,
+            Some(image) => self.images.get(image)?,
         };
-        layer.0.get(&own).copied()
-    }
-
-    /// The anchor that a path below the root had when it was sealed.
-    pub(super) fn sealed_number(&self, path: &Path) -> Option<(usize, u64)> {
-        let images = self.images.iter().enumerate().map(|(number, (_, at))| (number + 1, at));
-        self.diff.iter().map(|(_, at)| (0, at)).chain(images).find_map(|(file_system, at)| {
-            std::fs::symlink_metadata(at.join(path)).ok().map(|meta| (file_system, meta.ino()))
-        })
-    }
-
-    /// As [`Self::sealed_number`] speaks of it.
-    pub(super) fn number(&self, shown: u64) -> Option<(usize, u64)> {
-        split(shown, self.images.len() as u64)
+        layer.0.get(&own)
     }
 }
 

@@ -1,11 +1,13 @@
-//! Which pages of which inodes of which mounts processes have mapped right now, page by page.
+//! Which page frames of which inodes of which mounts processes have mapped right now, frame by frame.
 //!
 //! `/proc/PID/maps` names device and inode of each mapping, `/proc/PID/pagemap` tells the pages that are present and still
-//! the file's own (a page that was copied on write is not). So a page counts once for a view however many of its processes
-//! map it, which sums of `Rss` can't tell.
+//! the file's own (a page that was copied on write is not), with the frame of memory that holds each. So a page counts
+//! once for a view however many of its processes map it, which sums of `Rss` can't tell; and two views share a page if and
+//! only if they map one frame, whatever became of the file's name, number or layer since.
 //!
 //! Invariant: only what was present at the moment of reading is counted; a process that ends meanwhile counts as far as it
-//! was read. What it deliberately does not do: stop anybody.
+//! was read; a page that the kernel moves meanwhile counts as two, so that less sharing is seen and never more. What it
+//! deliberately does not do: stop anybody.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -13,12 +15,12 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Pages of one inode, as disjoint ascending runs `first .. end`.
+/// Frames of memory, as disjoint ascending runs `first .. end` (large folios make long ones).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PageSet(BTreeMap<u64, u64>);
+pub struct FrameSet(BTreeMap<u64, u64>);
 
-impl PageSet {
-    /// Adds pages `first .. end`.
+impl FrameSet {
+    /// Adds frames `first .. end`.
     pub fn add(&mut self, first: u64, end: u64) {
         let (mut first, mut end) = (first, end);
         if first >= end {
@@ -37,11 +39,11 @@ impl PageSet {
     }
 
     /// Adds all of `other`.
-    pub fn add_all(&mut self, other: &PageSet) {
+    pub fn add_all(&mut self, other: &FrameSet) {
         other.0.iter().for_each(|(first, end)| self.add(*first, *end));
     }
 
-    /// Number of pages.
+    /// Number of frames.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.0.iter().map(|(first, end)| end - first).sum()
@@ -60,17 +62,18 @@ pub type Device = (u32, u32);
 /// What processes have mapped of the files on some devices.
 #[derive(Debug, Default)]
 pub struct Mapped {
-    /// By device and inode number.
-    pub pages: HashMap<(Device, u64), PageSet>,
+    /// Frames by device and inode number.
+    pub frames: HashMap<(Device, u64), FrameSet>,
     /// Processes that have any, by device.
     pub processes: HashMap<Device, Vec<u32>>,
     /// Processes whose tables could not be read.
     pub unreadable: Vec<u32>,
 }
 
-/// Bits of a pagemap entry (Documentation/admin-guide/mm/pagemap.rst).
+/// Bits of a pagemap entry (Documentation/admin-guide/mm/pagemap.rst); the frame is 0 for readers who may not know it.
 const PRESENT: u64 = 1 << 63;
 const FILE_PAGE: u64 = 1 << 61;
+const FRAME: u64 = (1 << 55) - 1;
 /// Entries read at once.
 const ENTRIES: usize = 8192;
 
@@ -113,9 +116,12 @@ fn read_process(process: u32, devices: &[Device], mapped: &mut Mapped) -> std::i
         other => other?,
     };
     for area in std::iter::once(first).chain(areas) {
-        let pages = mapped.pages.entry((area.device, area.inode)).or_default();
-        if present_pages(&pagemap, &area, pages).is_err() {
-            return Ok(());
+        let frames = mapped.frames.entry((area.device, area.inode)).or_default();
+        match present_pages(&pagemap, &area, frames) {
+            Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Err(e),
+            // Gone.
+            Err(_) => return Ok(()),
+            Ok(()) => {}
         }
         let users = mapped.processes.entry(area.device).or_default();
         if users.last() != Some(&process) {
@@ -125,10 +131,10 @@ fn read_process(process: u32, devices: &[Device], mapped: &mut Mapped) -> std::i
     Ok(())
 }
 
-fn present_pages(pagemap: &File, area: &Area, pages: &mut PageSet) -> std::io::Result<()> {
+/// `EPERM` when frames are hidden from us.
+fn present_pages(pagemap: &File, area: &Area, frames: &mut FrameSet) -> std::io::Result<()> {
     let page = rustix::param::page_size() as u64;
     let (mut at, end) = (area.start / page, area.end / page);
-    let mut file_page = area.offset / page;
     let mut buffer = vec![0; ENTRIES * 8];
     while at < end {
         let count = (end - at).min(ENTRIES as u64);
@@ -137,9 +143,12 @@ fn present_pages(pagemap: &File, area: &Area, pages: &mut PageSet) -> std::io::R
         for word in part.as_chunks::<8>().0 {
             let entry = u64::from_ne_bytes(*word);
             if entry & (PRESENT | FILE_PAGE) == PRESENT | FILE_PAGE {
-                pages.add(file_page, file_page + 1);
+                let frame = entry & FRAME;
+                if frame == 0 {
+                    return Err(rustix::io::Errno::PERM.into());
+                }
+                frames.add(frame, frame + 1);
             }
-            file_page += 1;
         }
         at += count;
     }
@@ -151,7 +160,6 @@ fn present_pages(pagemap: &File, area: &Area, pages: &mut PageSet) -> std::io::R
 struct Area {
     start: u64,
     end: u64,
-    offset: u64,
     device: Device,
     inode: u64,
 }
@@ -160,13 +168,12 @@ struct Area {
 fn parse_area(line: &[u8]) -> Option<Area> {
     let mut fields = line.split(|b| *b == b' ').map(|f| std::str::from_utf8(f).ok());
     let (start, end) = fields.next()??.split_once('-')?;
-    let offset = fields.nth(1)??;
-    let (major, minor) = fields.next()??.split_once(':')?;
+    let (major, minor) = fields.nth(2)??.split_once(':')?;
     let inode: u64 = fields.next()??.parse().ok()?;
     let hex = |t: &str| u64::from_str_radix(t, 16).ok();
     let device = (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
     let (start, end) = (hex(start)?, hex(end)?);
-    (inode != 0 && start < end).then_some(Area { start, end, offset: hex(offset)?, device, inode })
+    (inode != 0 && start < end).then_some(Area { start, end, device, inode })
 }
 
 #[cfg(test)]
@@ -175,14 +182,14 @@ mod tests {
 
     #[test]
     fn runs_join_whatever_the_order() {
-        let mut set = PageSet::default();
+        let mut set = FrameSet::default();
         for page in [5, 3, 4, 9, 1, 4] {
             set.add(page, page + 1);
         }
-        assert_eq!(set, PageSet([(1, 2), (3, 6), (9, 10)].into()));
+        assert_eq!(set, FrameSet([(1, 2), (3, 6), (9, 10)].into()));
         set.add(0, 20);
-        assert_eq!((set.len(), set), (20, PageSet([(0, 20)].into())));
-        let mut all = PageSet::default();
+        assert_eq!((set.len(), set), (20, FrameSet([(0, 20)].into())));
+        let mut all = FrameSet::default();
         all.add(7, 7);
         assert!(all.is_empty());
     }
@@ -190,7 +197,7 @@ mod tests {
     #[test]
     fn lines_of_maps_are_understood() {
         let line = b"7f00-8f00 r--p 00001000 fe:0a 1234                       /usr/lib/a b";
-        let want = Area { start: 0x7f00, end: 0x8f00, offset: 0x1000, device: (0xfe, 0x0a), inode: 1234 };
+        let want = Area { start: 0x7f00, end: 0x8f00, device: (0xfe, 0x0a), inode: 1234 };
         assert_eq!(parse_area(line), Some(want));
         for bad in [&b""[..], b"x", b"1-2 r 0 0:0 0", b"2-1 r 0 0:1 1", b"1-2 r 0 zz:1 1"] {
             assert_eq!(parse_area(bad), None);
@@ -203,7 +210,11 @@ mod tests {
         let meta = std::fs::metadata("/proc/self/exe").expect("our program");
         let device = (rustix::fs::major(meta.dev()), rustix::fs::minor(meta.dev()));
         let mapped = read(&[device], &AtomicBool::new(false));
-        assert!(mapped.pages.get(&(device, meta.ino())).is_some_and(|p| !p.is_empty()));
+        if mapped.unreadable.contains(&std::process::id()) {
+            assert!(!rustix::process::geteuid().is_root(), "root may know the frames");
+            return;
+        }
+        assert!(mapped.frames.get(&(device, meta.ino())).is_some_and(|p| !p.is_empty()));
         assert!(mapped.processes[&device].contains(&std::process::id()));
     }
 }

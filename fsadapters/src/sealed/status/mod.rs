@@ -37,10 +37,10 @@ pub mod written;
 pub use report::{DomainStatus, Figures, MountedAt, Payer, RootStatus, StatusError, StatusReport};
 
 use inodes::{ImageInodes, ViewInodes};
-use mapped::{Mapped, PageSet};
+use mapped::{FrameSet, Mapped};
 use mounts::ViewMount;
 use sites::{RootSites, Sites};
-use written::{HiddenPaths, Written};
+use written::{Found, HiddenPaths, Written};
 
 /// What to look for.
 #[derive(Clone, Copy, Debug, Default)]
@@ -153,11 +153,11 @@ impl Look<'_> {
                 return None;
             }
         };
-        let written = written::read(&dir.join("upper"), self.cancel).unwrap_or_else(|(path, e)| {
-            self.error(&path, e);
-            Written::default()
-        });
-        let hidden = (!mounts.is_empty()).then(|| HiddenPaths::of(&written));
+        let Found { written, unread } = written::read(&dir.join("upper"), self.cancel);
+        let is_known = unread.is_empty();
+        unread.into_iter().for_each(|(path, e)| self.error(&path, e));
+        // Where more may be written than is known, nothing is claimed to be shared.
+        let hidden = (is_known && !mounts.is_empty()).then(|| HiddenPaths::of(&written));
         let sites = self.sites.add_root(row.domain, &tree, hidden.as_ref(), self.page);
         let (raw_changes, raw_covered_by) =
             if self.config.quick { (None, None) } else { self.raw_changes(&row, &tree, all_mounts) };
@@ -240,30 +240,30 @@ impl Look<'_> {
                 mapped.unreadable
             )
         });
-        if mapped.pages.is_empty() {
+        if mapped.frames.is_empty() {
             return unreadable;
         }
         let mounts = self.store.dir().join("mounts");
         let images = self.images(roots, &mounts);
-        let mut distinct: HashMap<AnchorKey, PageSet> = HashMap::new();
+        let mut distinct: HashMap<AnchorKey, FrameSet> = HashMap::new();
         for root in roots.iter_mut() {
             let Some(device) = root.mounts.first().map(|m| m.device) else { continue };
             let diff = self.diff_inodes(&root.row);
-            let Some(inodes) = ViewInodes::new(diff, &root.row.layers, &images, &mounts) else { continue };
-            for (key, pages) in self.of_view(root, device, &mapped, &inodes) {
-                root.status.mapped_bytes += pages.len() * self.page;
+            let Some(inodes) = ViewInodes::new(diff, &root.row.layers, &images) else { continue };
+            for (key, frames) in Self::of_view(root, device, &mapped, &inodes) {
+                root.status.mapped_bytes += frames.len() * self.page;
                 if let Some(site) = self.sites.0.get_mut(&key) {
-                    site.mapped_by_views += pages.len();
+                    site.mapped_by_views += frames.len();
                 }
-                distinct.entry(key).or_default().add_all(&pages);
+                distinct.entry(key).or_default().add_all(&frames);
             }
             let processes = mapped.processes.get(&device).map_or(&[][..], |p| p);
             root.status.processes = processes.len() as u64;
             root.status.pss_file_bytes = processes.iter().map(|p| memcg::pss_file(*p)).sum();
         }
-        for (key, pages) in distinct {
+        for (key, frames) in distinct {
             if let Some(site) = self.sites.0.get_mut(&key) {
-                site.mapped = pages.len();
+                site.mapped = frames.len();
             }
         }
         unreadable
@@ -271,28 +271,23 @@ impl Look<'_> {
 
     /// Anchor pages that a view's processes have mapped: each once, none of files that the view has written.
     fn of_view(
-        &self,
         root: &Looked,
         device: mapped::Device,
         mapped: &Mapped,
         inodes: &ViewInodes<'_>,
-    ) -> HashMap<AnchorKey, PageSet> {
-        let broken: Vec<_> =
-            root.written.broken.iter().filter_map(|(path, _)| inodes.sealed_number(path)).collect();
-        let mut found: HashMap<AnchorKey, PageSet> = HashMap::new();
-        for ((_, shown), pages) in mapped.pages.iter().filter(|((of, _), _)| *of == device) {
-            let is_broken = inodes.number(*shown).is_some_and(|number| broken.contains(&number));
+    ) -> HashMap<AnchorKey, FrameSet> {
+        let mut found: HashMap<AnchorKey, FrameSet> = HashMap::new();
+        for ((_, shown), frames) in mapped.frames.iter().filter(|((of, _), _)| *of == device) {
             // A copied-up file keeps its number, and of a mapping nobody can tell whether it is older than the copy.
-            if !is_broken && let Some(key) = inodes.anchor(*shown) {
-                // Two inodes of a view with one anchor would be two copies; counted as one it is less.
-                found.entry(key).or_default().add_all(pages);
+            if let Some(file) = inodes.file(*shown).filter(|file| !file.is_origin(&root.written.origins)) {
+                found.entry(file.anchor).or_default().add_all(frames);
             }
         }
         found
     }
 
     /// The layer over the root's image.
-    fn diff_inodes(&mut self, row: &RootRow) -> Option<(ImageInodes, PathBuf)> {
+    fn diff_inodes(&mut self, row: &RootRow) -> Option<ImageInodes> {
         let has = self.store.diff(row.id, row.generation).map(|diff| diff.is_some());
         let at = self.store.root_dir(row.id, row.generation).join(DIFF);
         let read = match has {
@@ -301,7 +296,7 @@ impl Look<'_> {
             Err(e) => Err(e.to_string()),
         };
         let too_small = |e| format!("the layer can't be read, savings now are too small: {e}");
-        read.map_err(|e| self.error(&at, too_small(e))).ok().map(|inodes| (inodes, at))
+        read.map_err(|e| self.error(&at, too_small(e))).ok()
     }
 
     /// The images of mounted views, each read once.

@@ -3,17 +3,28 @@
 //! Invariant: nothing is opened but directories, nothing is changed. What it deliberately does not do: judge a rename; a file
 //! that was moved counts as removed from its old place, so sharing is never claimed for it.
 
-use std::ffi::OsStr;
+use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+
+use crate::overlay::OriginHandle;
+use crate::sealed::commit::inode::{Below, is_absent, join, names};
 
 /// The contents of an upper.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Written {
     /// Files of the sealed root that have data of their own now: paths below the root, bytes.
     pub broken: Vec<(PathBuf, u64)>,
+    /// What these were copied from: type number and encoding of the layer's file handle. They name a file whatever it is
+    /// called now.
+    pub origins: HashSet<(i32, Vec<u8>)>,
     /// Files whose metadata changed and whose data is still the anchor's.
     pub metadata_only: Vec<PathBuf>,
     /// Files that the sealed root did not have: number and bytes.
@@ -26,6 +37,18 @@ pub struct Written {
     pub opaque: Vec<PathBuf>,
 }
 
+/// What [`read`] found.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// What the view wrote, as far as it could be read.
+    pub written: Written,
+    /// What could not be read. If there is any, more may be written than is known.
+    pub unread: Vec<(PathBuf, io::Error)>,
+}
+
+/// Errors kept.
+const UNREAD_MAX: usize = 8;
+
 impl Written {
     /// Whether the view holds anything that the raw root lacks.
     #[must_use]
@@ -34,66 +57,120 @@ impl Written {
     }
 }
 
-/// Walks `upper`. One that is not there holds nothing.
-///
-/// # Errors
-/// With the path that could not be read; a name that goes while we look is none.
-pub fn read(upper: &Path, cancel: &AtomicBool) -> Result<Written, (PathBuf, io::Error)> {
-    let mut written = Written::default();
-    let mut stack = vec![PathBuf::new()];
-    while let Some(below) = stack.pop() {
-        let dir = upper.join(&below);
-        let list = match std::fs::read_dir(&dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            other => other.map_err(|e| (dir.clone(), e))?,
-        };
-        for entry in list {
-            if cancel.load(Ordering::Relaxed) {
-                return Ok(written);
+/// Walks `upper`. One that is not there holds nothing. Whoever writes in the view may move and replace anything meanwhile:
+/// a name that goes, or is no directory any more, is none, and no symbolic link is followed.
+#[must_use]
+pub fn read(upper: &Path, cancel: &AtomicBool) -> Found {
+    walk(upper, cancel, &mut |_| ())
+}
+
+/// `before` is called with each directory's path before it is opened.
+fn walk(upper: &Path, cancel: &AtomicBool, before: &mut dyn FnMut(&[u8])) -> Found {
+    let mut walk = Walk { upper, found: Found::default(), stack: Vec::new() };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let top = match rustix::fs::open(upper, flags, Mode::empty()) {
+        Ok(top) => Below::new(top),
+        Err(Errno::NOENT) => return walk.found,
+        Err(e) => {
+            walk.unread(b"", e.into());
+            return walk.found;
+        }
+    };
+    walk.stack.push(Vec::new());
+    while let Some(below) = walk.stack.pop() {
+        before(&below);
+        let dir = match top.dir(&below) {
+            Err(e) if is_absent(&e) => continue,
+            Err(e) => {
+                walk.unread(&below, e);
+                continue;
             }
-            let entry = entry.map_err(|e| (dir.clone(), e))?;
-            let below = below.join(entry.file_name());
-            match entry.metadata() {
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                other => {
-                    let meta = other.map_err(|e| (entry.path(), e))?;
-                    if meta.is_dir() {
-                        if has_xattr(&entry.path(), "trusted.overlay.opaque") {
-                            written.opaque.push(below.clone());
-                        }
-                        stack.push(below);
-                    } else {
-                        written.take(&entry.path(), below, &meta);
-                    }
-                }
+            Ok(dir) => dir,
+        };
+        let names = names(dir.as_fd()).unwrap_or_else(|e| {
+            // Removed since it was opened.
+            if !is_absent(&e) {
+                walk.unread(&below, e);
+            }
+            Vec::new()
+        });
+        for name in names {
+            if cancel.load(Ordering::Relaxed) {
+                return walk.found;
+            }
+            if let Err(e) = walk.entry(&dir, &name, &below)
+                && !is_absent(&e)
+            {
+                walk.unread(&join(&below, &name), e);
             }
         }
     }
-    Ok(written)
+    walk.found
+}
+
+struct Walk<'a> {
+    upper: &'a Path,
+    found: Found,
+    /// Directories yet to be listed, below the upper.
+    stack: Vec<Vec<u8>>,
+}
+
+impl Walk<'_> {
+    fn unread(&mut self, below: &[u8], error: io::Error) {
+        if self.found.unread.len() < UNREAD_MAX {
+            self.found.unread.push((self.upper.join(OsStr::from_bytes(below)), error));
+        }
+    }
+
+    fn entry(&mut self, dir: &OwnedFd, name: &[u8], below: &[u8]) -> io::Result<()> {
+        let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        let below = join(below, name);
+        // Through the open directory: its own path may lead elsewhere by now.
+        let at = [format!("/proc/self/fd/{}/", dir.as_raw_fd()).as_bytes(), name].concat();
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            if xattr(&at, c"trusted.overlay.opaque")?.is_some() {
+                self.found.written.opaque.push(to_path(below.clone()));
+            }
+            self.stack.push(below);
+            return Ok(());
+        }
+        self.found.written.take(&at, to_path(below), &stat)
+    }
 }
 
 impl Written {
-    fn take(&mut self, path: &Path, below: PathBuf, meta: &std::fs::Metadata) {
-        if meta.file_type().is_char_device() && meta.rdev() == 0 {
+    fn take(&mut self, at: &[u8], below: PathBuf, stat: &Stat) -> io::Result<()> {
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        let bytes = u64::try_from(stat.st_size).unwrap_or(0);
+        if kind == FileType::CharacterDevice && stat.st_rdev == 0 {
             self.removed.push(below);
-        } else if !meta.is_file() {
+        } else if kind != FileType::RegularFile {
             // Links, pipes and devices have no pages.
-        } else if has_xattr(path, "trusted.overlay.metacopy") {
+        } else if xattr(at, c"trusted.overlay.metacopy")?.is_some() {
             self.metadata_only.push(below);
-        } else if has_xattr(path, "trusted.overlay.origin") {
-            self.broken.push((below, meta.len()));
+        } else if let Some(origin) = xattr(at, c"trusted.overlay.origin")? {
+            self.broken.push((below, bytes));
+            self.origins.extend(OriginHandle::parse_stored(&origin).map(OriginHandle::fid));
         } else {
             self.added += 1;
-            self.added_bytes += meta.len();
+            self.added_bytes += bytes;
         }
+        Ok(())
     }
 }
 
-fn has_xattr(path: &Path, name: &str) -> bool {
+fn to_path(bytes: Vec<u8>) -> PathBuf {
+    OsString::from_vec(bytes).into()
+}
+
+/// The attribute's value, cut off if it is longer than any of overlayfs'.
+fn xattr(at: &[u8], name: &std::ffi::CStr) -> io::Result<Option<Vec<u8>>> {
     let mut value = [0u8; 1024];
-    match rustix::fs::lgetxattr(path, name, &mut value[..]) {
-        Ok(_) => true,
-        Err(e) => e == rustix::io::Errno::RANGE,
+    match rustix::fs::lgetxattr(at, name, &mut value[..]) {
+        Ok(length) => Ok(Some(value[..length].to_vec())),
+        Err(Errno::RANGE) => Ok(Some(Vec::new())),
+        Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(None),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -105,7 +182,7 @@ pub(super) fn hides(written: &HiddenPaths, path: &Path) -> bool {
 
 /// Paths at and below which nothing of the sealed root is shared any more.
 #[derive(Debug, Default)]
-pub(super) struct HiddenPaths(std::collections::HashSet<std::ffi::OsString>);
+pub(super) struct HiddenPaths(HashSet<OsString>);
 
 impl HiddenPaths {
     pub(super) fn of(written: &Written) -> HiddenPaths {
@@ -137,14 +214,44 @@ mod tests {
         }
     }
 
+    fn known(upper: &Path) -> Written {
+        let found = read(upper, &AtomicBool::new(false));
+        assert!(found.unread.is_empty(), "{:?}", found.unread);
+        found.written
+    }
+
     #[test]
     fn a_plain_tree_is_all_added() {
         let dir = tempfile::tempdir().expect("temp dir");
         std::fs::create_dir(dir.path().join("d")).expect("mkdir");
         std::fs::write(dir.path().join("d/f"), b"12345").expect("write");
-        let never = AtomicBool::new(false);
-        let written = read(dir.path(), &never).expect("walk");
+        let written = known(dir.path());
         assert_eq!((written.added, written.added_bytes, written.broken.len()), (1, 5, 0));
-        assert!(read(&dir.path().join("gone"), &never).expect("walk").is_empty());
+        assert!(known(&dir.path().join("gone")).is_empty());
+    }
+
+    /// As a container may do while somebody looks: a directory becomes a file, a link out of the upper, nothing.
+    #[test]
+    fn names_that_change_while_we_look_are_no_errors_and_lead_nowhere() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let (upper, outside) = (dir.path().join("upper"), dir.path().join("outside"));
+        std::fs::create_dir_all(&outside).expect("mkdir");
+        std::fs::write(outside.join("planted"), b"12345").expect("write");
+        let changed = upper.join("a/b");
+        let changes: [&dyn Fn() -> io::Result<()>; 3] =
+            [&|| std::fs::write(&changed, b""), &|| std::os::unix::fs::symlink(&outside, &changed), &|| {
+                Ok(())
+            }];
+        for change in changes {
+            std::fs::create_dir_all(&changed).expect("mkdir");
+            let found = walk(&upper, &AtomicBool::new(false), &mut |below| {
+                if below == b"a/b" {
+                    std::fs::remove_dir(&changed).expect("rmdir");
+                    change().expect("changed");
+                }
+            });
+            assert!(found.unread.is_empty() && found.written.is_empty(), "{found:?}");
+            let _ = std::fs::remove_file(&changed);
+        }
     }
 }
