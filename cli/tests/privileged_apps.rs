@@ -33,9 +33,9 @@ const BUILD: &str = "mkdir -p /srv && cd /srv && git init -q made && cd made \
 const REDIS: &str = "mkdir -p /srv/redis && cd /srv/redis; \
     start() { redis-server --dir /srv/redis --appendonly yes --appendfsync always --port 0 --unixsocket /srv/redis/s \
               --daemonize yes --pidfile /srv/redis/pid >/dev/null; \
-              i=0; until redis-cli -s s ping 2>/dev/null | grep -q PONG; do i=$((i+1)); [ $i -lt 100 ]; sleep 0.1; done; }; \
+              i=0; until redis-cli -s s ping 2>/dev/null | grep -q PONG; do i=$((i+1)); [ $i -lt 600 ]; sleep 0.1; done; }; \
     start; seq 1 2000 | sed 's/.*/SET key& value&/' | redis-cli -s s --pipe >/dev/null; \
-    kill -9 $(cat pid); sleep 0.3; rm -f s pid; start; redis-cli -s s dbsize; redis-cli -s s shutdown nosave; rm -f s pid";
+    p=$(cat pid); kill -9 $p; i=0; while kill -0 $p 2>/dev/null && [ $i -lt 50 ]; do i=$((i+1)); sleep 0.1; done; rm -f s pid; start; redis-cli -s s dbsize; redis-cli -s s shutdown nosave; rm -f s pid";
 
 const SQLITE: &str = "cd /srv && sqlite3 db 'PRAGMA journal_mode=WAL; CREATE TABLE t(a); \
     WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM n WHERE x<5000) INSERT INTO t SELECT x FROM n; \

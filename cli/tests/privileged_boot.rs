@@ -30,7 +30,7 @@ const REPORT: &str = "[Unit]\nAfter=docker.service srv-views-two.mount\nSuccessA
 
 fn nspawn(host: &Path, farm: &Path, arguments: &str) -> String {
     with_cgroups(&format!(
-        "exec timeout 120 systemd-nspawn --quiet --register=no --keep-unit --private-users=no --capability=all -D {} --bind={}:{FARM} \
+        "exec timeout 600 systemd-nspawn --quiet --register=no --keep-unit --private-users=no --capability=all -D {} --bind={}:{FARM} \
          --bind-ro={}:/usr/bin/pagefold {arguments}",
         host.display(),
         farm.display(),

@@ -12,6 +12,9 @@ use common::{
 };
 use pagefold_testfs::rig::RigFs;
 
+/// Long for a slow machine, short for what looks at every page of such files.
+const SOON: Duration = Duration::from_secs(60);
+
 fn sparse(path: &Path, size: u64) {
     File::create(path).and_then(|f| f.set_len(size)).expect("this file system has files of this size");
 }
@@ -108,7 +111,7 @@ fn privileged_sparse_files_of_8_eib_are_zero_pages_and_no_overflow() {
         hole.read_exact_at(&mut [0], 1 << 30).expect("read");
         scan(&[&a, &b], &[])
             .expect(&[("resident_bytes", (cached + 1) * PAGE), ("resident_duplicate_bytes", 0)]);
-        assert!(started.elapsed() < Duration::from_secs(3), "{fs:?}: {:?}", started.elapsed());
+        assert!(started.elapsed() < SOON, "{fs:?}: {:?}", started.elapsed());
     }
 }
 
@@ -143,19 +146,19 @@ fn privileged_sums_beyond_64_bits_saturate() {
 fn privileged_huge_sparse_files_on_tmpfs_end() {
     let home = rig(RigFs::Xfs);
     let at = Mounted::new(&["-t", "tmpfs", "-o", "size=64m", "tmpfs"], &home.path().join("tmpfs"));
-    for size in [64u64 << 30, i64::MAX as u64] {
+    for size in [1u64 << 46, i64::MAX as u64] {
         sparse(&at.0.join("sparse"), size);
         write_at(&at.0.join("sparse"), 1 << 30, 1, PAGE as usize);
         for extra in [&[][..], &["--content"]] {
             let started = Instant::now();
             let output = std::process::Command::new("timeout")
-                .args(["-s", "KILL", "20", env!("CARGO_BIN_EXE_pagefold"), "scan", "--format", "json"])
+                .args(["-s", "KILL", "120", env!("CARGO_BIN_EXE_pagefold"), "scan", "--format", "json"])
                 .args(extra)
                 .arg(&at.0)
                 .output()
                 .expect("this test needs timeout");
             let found = common::Scan::of(&output);
-            assert!(started.elapsed() < Duration::from_secs(3), "{size} {extra:?}: {:?}", started.elapsed());
+            assert!(started.elapsed() < SOON, "{size} {extra:?}: {:?}", started.elapsed());
             found.expect(&[("resident_bytes", PAGE), ("mergeable_page_bytes", 0)]);
         }
     }
@@ -253,7 +256,7 @@ fn privileged_an_overlay_of_layers_on_two_file_systems_is_undecided_and_says_so(
     let found = scan(&[&one.0], &["--content"]);
     assert_eq!((found.code, found.errors().len()), (1, 1), "{:?}", found.errors());
     found.expect(&[("cache_bytes", 20 * PAGE), ("undecided_bytes", 0), ("mergeable_file_bytes", 10 * PAGE)]);
-    assert!(started.elapsed() < Duration::from_secs(5));
+    assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
 }
 
 /// As every container has it: `/etc/hosts` and `/etc/resolv.conf` are files of the host.

@@ -36,7 +36,8 @@ impl Place {
     /// Runs in the rig's root directory and gives stdout; the exit code must be `code`.
     fn run(&self, code: i32, args: &[&str]) -> String {
         // Other tests' children hold descriptors for a moment: a view may be busy or live so long.
-        for _ in 0..20 {
+        let started = std::time::Instant::now();
+        while started.elapsed().as_secs() < 30 {
             let output = pagefold().args(args).current_dir(self.0.path()).output().unwrap();
             let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
             if output.status.code() != Some(code) && stderr.contains("in use") {

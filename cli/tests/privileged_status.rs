@@ -7,7 +7,7 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{PAGE, append, noise, pagefold, reflink, rig, sync};
 use pagefold_fsadapters::memcg::{Hierarchy, Memcg};
@@ -18,6 +18,8 @@ use serde_json::Value;
 const DATA: u64 = 1024;
 /// Pages of the file that only the first root has.
 const ALONE: u64 = 3;
+/// How long something may take that will surely come.
+const PATIENCE: Duration = Duration::from_secs(60);
 const NAMES: [&str; 3] = ["a", "b", "c"];
 
 /// Three roots that share `sleep`, `data1`, `data2`; the first has a file of its own. Sealed; unmounted when dropped.
@@ -110,6 +112,19 @@ impl Farm {
         assert_eq!(code, 0);
     }
 
+    /// The status while `sleepers` have mapped what is told with it: the kernel may take pages from them at any time, so it is asked until
+    /// nothing has moved meanwhile.
+    fn status_and_mapped<const N: usize>(&self, sleepers: &[Sleeper; N]) -> (Value, [(u64, u64, u64); N]) {
+        for _ in 0..20 {
+            let before = sleepers.each_ref().map(Sleeper::mapped);
+            let status = self.status();
+            if sleepers.each_ref().map(Sleeper::mapped) == before {
+                return (status, before);
+            }
+        }
+        panic!("what is mapped does not hold still");
+    }
+
     /// Runs the view's own program.
     fn sleeper(&self, root: &str) -> Sleeper {
         self.program(root, "sleep")
@@ -118,16 +133,19 @@ impl Farm {
     fn program(&self, root: &str, name: &str) -> Sleeper {
         let child =
             Command::new(self.view(root, name)).arg("60").stdin(Stdio::null()).spawn().expect("starts");
-        // Until it sleeps, it still brings pages in.
-        let wchan = format!("/proc/{}/syscall", child.id());
-        for _ in 0..200 {
-            std::thread::sleep(Duration::from_millis(10));
-            let at = fs::read_to_string(&wchan).unwrap_or_default();
-            if at.starts_with("230 ") || at.starts_with("35 ") {
-                break;
+        let sleeper = Sleeper(child);
+        // Until it sleeps, it still brings pages in. The kernel tells which call a process is in only while it rests there.
+        let call = format!("/proc/{}/syscall", sleeper.0.id());
+        let calls = if cfg!(target_arch = "x86_64") { ["230 ", "35 "] } else { ["115 ", "101 "] };
+        let started = Instant::now();
+        loop {
+            let at = fs::read_to_string(&call).unwrap_or_default();
+            if calls.iter().any(|call| at.starts_with(call)) {
+                return sleeper;
             }
+            assert!(started.elapsed() < PATIENCE, "it never sleeps: {at}");
+            std::thread::sleep(Duration::from_millis(10));
         }
-        Sleeper(child)
     }
 }
 
@@ -202,9 +220,8 @@ fn could_is_now(kind: RigFs) {
     assert_eq!(number(&mounted["totals"], "saved_now_bytes"), 0, "nothing runs");
 
     let sleepers = NAMES.map(|name| farm.sleeper(name));
-    let running = farm.status();
-    let (rss, pss, areas) =
-        sleepers.iter().map(Sleeper::mapped).fold((0, 0, 0), |a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2));
+    let (running, mapped) = farm.status_and_mapped(&sleepers);
+    let (rss, pss, areas) = mapped.iter().fold((0, 0, 0), |a, b| (a.0 + b.0, a.1 + b.1, a.2 + b.2));
     let of_views: u64 = NAMES.iter().map(|name| number(root(&running, name), "mapped_bytes")).sum();
     assert_eq!(of_views, rss, "each view's own mapped pages, as smaps tells them");
     let distinct = number(&running["totals"], "mapped_bytes");
@@ -215,8 +232,9 @@ fn could_is_now(kind: RigFs) {
 
     // A second process of one view saves nothing more: its pages would have been that view's copy.
     let again = farm.sleeper("a");
-    let more = farm.status();
-    assert_eq!(number(&more["totals"], "saved_now_bytes"), rss - distinct);
+    let (more, mapped) = farm.status_and_mapped(&sleepers);
+    let rss: u64 = mapped.iter().map(|m| m.0).sum();
+    assert_eq!(number(&more["totals"], "saved_now_bytes"), rss - number(&more["totals"], "mapped_bytes"));
     assert_eq!(number(root(&more, "a"), "processes"), 2);
     drop((again, sleepers));
     assert_eq!(number(&farm.status()["totals"], "saved_now_bytes"), 0, "nothing runs any more");
@@ -249,8 +267,8 @@ fn files_of_a_layer_are_known(kind: RigFs) {
     });
     farm.mount();
     let sleepers = NAMES.map(|name| farm.sleeper(name));
-    let status = farm.status();
-    let rss = sleepers.iter().map(Sleeper::mapped).map(|m| m.0).sum::<u64>();
+    let (status, mapped) = farm.status_and_mapped(&sleepers);
+    let rss = mapped.iter().map(|m| m.0).sum::<u64>();
     let of_views: u64 = NAMES.iter().map(|name| number(root(&status, name), "mapped_bytes")).sum();
     assert!(rss > 0);
     assert_eq!(of_views, rss, "each view's own mapped pages, as smaps tells them");
@@ -259,9 +277,9 @@ fn files_of_a_layer_are_known(kind: RigFs) {
     append(&farm.view("b", "sleep"), b"more");
     fs::write(farm.view("b", "new"), noise(4, 5000)).expect("room on the rig");
     let sleepers = NAMES.map(|name| farm.sleeper(name));
-    let status = farm.status();
+    let (status, mapped) = farm.status_and_mapped(&sleepers);
     assert_eq!(number(root(&status, "b"), "mapped_bytes"), 0, "its pages are its own");
-    assert_eq!(number(root(&status, "c"), "mapped_bytes"), sleepers[2].mapped().0);
+    assert_eq!(number(root(&status, "c"), "mapped_bytes"), mapped[2].0);
 }
 
 #[test]
@@ -281,8 +299,8 @@ fn privileged_status_claims_nothing_for_a_written_file() {
     // Bytes after its end don't matter to a program.
     append(&farm.view("b", "sleep"), b"more");
     let sleepers = NAMES.map(|name| farm.sleeper(name));
-    let status = farm.status();
-    let (rss, _, _) = sleepers[0].mapped();
+    let (status, mapped) = farm.status_and_mapped(&sleepers);
+    let (rss, _, _) = mapped[0];
     assert_eq!(number(root(&status, "b"), "mapped_bytes"), 0, "its pages are its own");
     assert_eq!(number(root(&status, "b"), "processes"), 1);
     assert_eq!(number(root(&status, "a"), "mapped_bytes"), rss);
@@ -407,23 +425,28 @@ impl Container {
         Container(hierarchy.group(&format!("pagefold-test-{}-{name}", std::process::id())).expect("a group"))
     }
 
-    /// Reads a file in it; what it is charged for then. Waits for `expected` bytes: the kernel sums up every two seconds, or
-    /// later when it is busy.
+    /// Reads a file in it; what it is charged for then, `expected` bytes or more. The kernel sums up every two seconds, or later when it is busy.
     fn read(&self, path: &Path, expected: u64) -> u64 {
         let status = Command::new("/bin/sh")
             .args(["-c", "echo 0 > \"$1\"; exec cat \"$2\" > /dev/null", "sh"])
             .args([&self.0.procs_file(), path])
             .status();
         assert!(status.expect("a shell").success());
-        let mut charge = 0;
-        for _ in 0..4 {
-            std::thread::sleep(Duration::from_millis(2200));
-            charge = self.0.charge().expect("its charge").file;
-            if charge >= expected {
-                break;
+        // What would be charged too much shows only now.
+        std::thread::sleep(Duration::from_millis(2200));
+        self.charged(expected)
+    }
+
+    /// What it is charged for once that is `expected` bytes, or in the end.
+    fn charged(&self, expected: u64) -> u64 {
+        let started = Instant::now();
+        loop {
+            let charge = self.0.charge().expect("its charge").file;
+            if charge >= expected || started.elapsed() > PATIENCE {
+                return charge;
             }
+            std::thread::sleep(Duration::from_millis(100));
         }
-        charge
     }
 
     fn name(&self) -> String {
@@ -459,7 +482,7 @@ fn privileged_prefault_charges_pagefold_and_no_container() {
     let before = containers[1].0.charge().expect("its charge").file;
     let after = containers[1].read(&farm.view("b", "data2"), 0);
     assert!(after - before < data / 4, "the second container pays nothing for data2: {before} {after}");
-    assert!(own.0.charge().expect("its charge").file >= data, "pagefold's group does");
+    assert!(own.charged(data) >= data, "pagefold's group does");
 
     let status = farm.json(&["status", "--who-pays", "--quick"], &[]);
     let pays = |group: &Container| {
@@ -504,7 +527,7 @@ fn privileged_mount_charges_pagefold_and_no_container_when_told() {
         let paid = guest.read(&farm.view("b", name), 0);
         assert!(paid < alone + data / 4, "the container pays for what views share: {alone}, {paid}");
     }
-    let charged = own.0.charge().expect("its charge").file;
+    let charged = own.charged(2 * data);
     assert!(charged >= 2 * data, "pagefold's group pays for both files: {charged}");
     assert_eq!(own.0.processes().expect("there"), [] as [u32; 0]);
     assert_eq!(hierarchy.own().expect("our group").path(), before);

@@ -5,7 +5,7 @@ mod common;
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Scan, dir, pagefold};
@@ -51,7 +51,8 @@ fn a_chain_of_directories_beyond_path_max_is_counted() {
     let scan = Scan::of(&output);
     assert_eq!(scan.total("files"), 300);
     assert!(scan.total("undecided_bytes") == 0 || scan.code == 1, "{:?}", scan.errors().len());
-    assert!(started.elapsed() < Duration::from_secs(10));
+    // Seconds on a slow machine: this looks for what hangs.
+    assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
 }
 
 #[test]
@@ -149,11 +150,12 @@ fn start(root: &Path, extra: &[&str], signal: Signal) -> Child {
         .expect("the binary runs");
     let bit = 1u64 << (signal.as_raw() - 1);
     let status = format!("/proc/{}/status", child.id());
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        let text = fs::read_to_string(&status).expect("it runs");
+        let text = fs::read_to_string(&status).expect("it runs, or nobody waited for it");
         let caught = text.lines().find_map(|l| l.strip_prefix("SigCgt:")).expect("a mask");
-        if u64::from_str_radix(caught.trim(), 16).expect("hexadecimal") & bit != 0 {
+        let over = text.lines().any(|l| l.starts_with("State:\tZ"));
+        if over || u64::from_str_radix(caught.trim(), 16).expect("hexadecimal") & bit != 0 {
             return child;
         }
         if Instant::now() > deadline {
@@ -163,6 +165,20 @@ fn start(root: &Path, extra: &[&str], signal: Signal) -> Child {
         }
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// A scan that was interrupted before it was over. Where the machine is busy the first one may come to its end before it is.
+fn interrupted(root: &Path, format: &str, signal: Signal) -> Output {
+    for _ in 0..20 {
+        let child = start(root, &["--format", format], signal);
+        send(&child, signal);
+        let output = child.wait_with_output().expect("ends");
+        assert!(matches!(output.status.code(), Some(0 | 1)), "{signal:?}: {:?}", output.status);
+        if output.status.code() == Some(1) {
+            return output;
+        }
+    }
+    panic!("{signal:?} interrupts nothing");
 }
 
 fn send(child: &Child, signal: Signal) {
@@ -176,10 +192,7 @@ fn interrupted_scans_report_what_they_reached_and_say_partial() {
     let names = slow_tree(home.path());
     let root = home.path().join("slow");
     for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
-        let child = start(&root, &["--format", "json"], signal);
-        send(&child, signal);
-        let output = child.wait_with_output().expect("ends");
-        assert_eq!(output.status.code(), Some(1), "{signal:?}: {:?}", output.status);
+        let output = interrupted(&root, "json", signal);
         let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a whole report");
         assert_eq!(report["partial"], true, "{signal:?}");
         let totals = &report["totals"];
@@ -188,10 +201,7 @@ fn interrupted_scans_report_what_they_reached_and_say_partial() {
         assert!(reached < names, "{signal:?}: the scan was over before it was interrupted");
         assert!(String::from_utf8_lossy(&output.stderr).contains("interrupted"));
     }
-    let child = start(&root, &["--format", "table"], Signal::INT);
-    send(&child, Signal::INT);
-    let output = child.wait_with_output().expect("ends");
-    assert_eq!(output.status.code(), Some(1));
+    let output = interrupted(&root, "table", Signal::INT);
     assert!(String::from_utf8_lossy(&output.stdout).contains("PARTIAL"));
     // Left alone it is whole.
     let output = pagefold().args(["scan", "--format", "json"]).arg(&root).output().expect("runs");

@@ -22,20 +22,7 @@ use pagefold_fsadapters::store::{OpenMode, RootRow, Store, StoreError, Task};
 use pagefold_testfs::rig::RigFs;
 use rustix::fs::XattrFlags;
 use view_support::snapshot::{differences, take};
-use view_support::{BOTH, Home, clone_tree};
-
-/// A view is live for a while after it was unmounted when a child that another test is starting has our descriptors, or when a
-/// container that somebody else starts has a copy of our mounts.
-fn patiently<T>(mut call: impl FnMut() -> T, passing: impl Fn(&T) -> bool) -> T {
-    for _ in 0..200 {
-        let result = call();
-        if !passing(&result) {
-            return result;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
-    call()
-}
+use view_support::{BOTH, Home, clone_tree, patiently, until};
 
 fn commit(store: &Store, row: &RootRow, on_conflict: OnConflict) -> Result<CommitReport, CommitError> {
     let options = CommitOptions { on_conflict, force: false };
@@ -214,6 +201,8 @@ fn privileged_a_live_view_and_a_written_root_are_refused() {
         .unwrap();
     let mut line = [0; 6];
     std::io::Read::read_exact(writer.stdout.as_mut().unwrap(), &mut line).unwrap();
+    let name = format!("/proc/{}/comm", writer.id());
+    until("the shell has become what it executes", || std::fs::read_to_string(&name).unwrap() == "sleep\n");
     let written = commit_root(&store, &row, options, &Progress::default());
     let forced = commit_root(&store, &row, CommitOptions { force: true, ..options }, &Progress::default());
     writer.kill().unwrap();

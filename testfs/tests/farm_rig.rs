@@ -35,10 +35,11 @@ fn traces(home: &Path) -> Vec<String> {
     found
 }
 
-fn assert_gone_within(home: &Path, limit: Duration) {
+/// Soon: an unmount writes back, and a busy machine takes its time.
+fn assert_gone(home: &Path) {
     let started = Instant::now();
     while !traces(home).is_empty() {
-        assert!(started.elapsed() < limit, "left behind: {:#?}", traces(home));
+        assert!(started.elapsed() < Duration::from_secs(60), "left behind: {:#?}", traces(home));
         std::thread::sleep(Duration::from_millis(50));
     }
 }
@@ -77,7 +78,7 @@ fn privileged_a_remount_keeps_files_and_a_busy_rig_still_goes() {
     let home = home(&rig);
     drop(rig);
     drop(open);
-    assert_gone_within(&home, Duration::from_secs(10));
+    assert_gone(&home);
 }
 
 #[test]
@@ -109,7 +110,7 @@ fn privileged_a_sweep_takes_leftovers_of_the_dead_and_spares_the_living() {
     sweep(base.path()).expect("the sweep runs");
     sweep(home(&living).parent().expect("the rigs' base")).expect("the sweep runs");
 
-    assert_gone_within(&dead, Duration::from_secs(10));
+    assert_gone(&dead);
     assert!(bystander.exists());
     std::fs::write(living.path().join("a"), b"bytes").expect("a living rig is spared");
 }
@@ -144,7 +145,7 @@ fn kill_an_owner_with(signal: &str) {
     let killed = Command::new("kill").args([signal, &owner.id().to_string()]).status().expect("kill runs");
     assert!(killed.success());
     owner.wait().expect("it ends");
-    let gone = std::panic::catch_unwind(|| assert_gone_within(&home, Duration::from_secs(20)));
+    let gone = std::panic::catch_unwind(|| assert_gone(&home));
     // Should the watcher have failed, the sweep cleans up after this test.
     sweep(base.path()).expect("the sweep runs");
     gone.unwrap_or_else(|failed| std::panic::resume_unwind(failed));
@@ -167,10 +168,14 @@ fn privileged_a_power_cut_keeps_what_was_synced_and_only_that() {
         let (kept, lost) = (rig.path().join("kept"), rig.path().join("lost"));
         std::fs::write(&kept, b"synced").expect("writable");
         rustix::fs::syncfs(std::fs::File::open(rig.path()).expect("there")).expect("syncfs");
-        std::fs::write(&lost, b"never synced").expect("writable");
-        rig.cut_power().unwrap_or_else(|e| panic!("{fs:?}: {e}"));
-        assert_eq!(std::fs::read(&kept).expect("kept"), b"synced", "{fs:?}");
-        assert!(!std::fs::exists(&lost).expect("readable"), "{fs:?} lost nothing: that was no power cut");
+        // File systems write of their own accord, every half a minute or oftener: then there was nothing to lose.
+        let lost_it = (0..5).any(|_| {
+            std::fs::write(&lost, b"never synced").expect("writable");
+            rig.cut_power().unwrap_or_else(|e| panic!("{fs:?}: {e}"));
+            assert_eq!(std::fs::read(&kept).expect("kept"), b"synced", "{fs:?}");
+            !std::fs::exists(&lost).expect("readable")
+        });
+        assert!(lost_it, "{fs:?} lost nothing: that was no power cut");
         std::fs::write(&lost, b"usable again").expect("writable");
     }
 }

@@ -194,7 +194,8 @@ fn a_file_that_changes_while_it_is_read_is_never_hashed() {
         // The first job handed out is made before the change, the second after: only the first may be hashed.
         let mut handed = jobs.into_iter().enumerate().map(|(i, job)| {
             if i == 1 {
-                std::thread::sleep(std::time::Duration::from_millis(10));
+                // More than a tick of the clock that stamps ctime.
+                std::thread::sleep(std::time::Duration::from_millis(20));
                 File::options().write(true).open(&path).unwrap().write_all_at(&[i as u8], 0).unwrap();
             }
             ReadJob { tag: i as u64, ..job }
@@ -275,19 +276,24 @@ fn privileged_pages_that_were_cached_stay_cached() {
         let path = tree(rig.path()).swap_remove(11);
         for backend in BACKENDS {
             for resident in [false, true] {
-                drop_cache(&path);
-                let file = File::open(&path).unwrap();
-                rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
-                file.read_exact_at(&mut vec![0; 1 << 20], 8 << 20).unwrap();
-                let runs = || {
-                    let mut runs = Vec::new();
-                    cache::mincore(file.as_fd(), 17 << 20, |s, p| runs.push((s, p))).unwrap();
-                    runs
+                let before_and_after = || {
+                    drop_cache(&path);
+                    let file = File::open(&path).unwrap();
+                    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
+                    file.read_exact_at(&mut vec![0; 1 << 20], 8 << 20).unwrap();
+                    let runs = || {
+                        let mut runs = Vec::new();
+                        cache::mincore(file.as_fd(), 17 << 20, |s, p| runs.push((s, p))).unwrap();
+                        runs
+                    };
+                    let before = runs();
+                    assert!(!before.is_empty());
+                    run(backend, whole(&path, resident));
+                    (before, runs())
                 };
-                let before = runs();
-                assert!(!before.is_empty());
-                run(backend, whole(&path, resident));
-                assert_eq!(runs(), before, "{kind:?} {backend:?} resident={resident}");
+                // The kernel may take pages for others at any time, and moves some; the reader would do it each time.
+                let seen: Vec<_> = (0..5).map(|_| before_and_after()).take_while(|(a, b)| a != b).collect();
+                assert!(seen.len() < 5, "{kind:?} {backend:?} resident={resident}: {seen:?}");
             }
         }
     }

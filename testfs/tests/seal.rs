@@ -239,6 +239,22 @@ fn one_moment(mut anchor: File, pages: usize) {
     }
 }
 
+/// How long a write must take so that one may have been under way in every file of `root` when it was sealed, seconds. Returns when even
+/// such a write has ended.
+fn since_all_are_young(store: &pagefold_fsadapters::store::Store, root: &Path) -> i64 {
+    use std::os::unix::fs::MetadataExt;
+    let sealed_at = store.find_root(root).expect("sealed").sealed_at;
+    let ctimes = std::fs::read_dir(root)
+        .expect("there")
+        .map(|e| e.expect("a name").metadata().expect("there").ctime());
+    let seconds = (sealed_at - ctimes.min().expect("not empty")).max(1);
+    let now = || std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_secs().cast_signed();
+    while now() <= sealed_at + seconds {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    seconds
+}
+
 #[test]
 fn privileged_sealing_again_looks_only_at_what_changed() {
     for fs in BOTH {
@@ -252,8 +268,8 @@ fn privileged_sealing_again_looks_only_at_what_changed() {
         seal_all(&store, std::slice::from_ref(&root));
         let first = anchors(&store, &root);
         // A write may have been under way when it was sealed: looked at again, with nothing found, and never after.
-        std::thread::sleep(Duration::from_millis(3100));
-        let config = SealConfig { under_way_s: 1, ..SealConfig::new(vec![root.clone()]) };
+        let under_way_s = since_all_are_young(&store, &root);
+        let config = SealConfig { under_way_s, ..SealConfig::new(vec![root.clone()]) };
         let seal_soon = || seal_with(&store, &config);
         let young = seal_soon();
         assert_eq!(only(&young).outcome, Outcome::Unchanged);

@@ -87,8 +87,8 @@ fn privileged_speed_of_ten_thousand_anchors() {
         let store = open(&store_dir(&rig));
         let reopened = t.elapsed();
         let bytes = fs::metadata(store.dir().join("index.redb")).unwrap().blocks() * 512;
-        // Loose: a build without optimisation on a busy machine. Ten times these is a change of complexity.
-        let limit = Duration::from_secs(2);
+        // Loose: a build without optimisation on a slow and busy machine. What looks at all rows for each row takes longer anywhere.
+        let limit = Duration::from_secs(20);
         assert!(
             published < limit && looked_up < limit && reopened < limit,
             "{published:?} {looked_up:?} {reopened:?}"

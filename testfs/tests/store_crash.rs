@@ -226,7 +226,7 @@ fn privileged_one_process_at_a_time() {
     assert!(text.contains(&format!("process {} (test child)", first.id())), "{text}");
     rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
     // The second waits, and goes on when the first has ended.
-    let store = Store::open(&dir, OpenMode::Existing, "second").unwrap();
+    let store = Store::open_within(&dir, OpenMode::Existing, "second", Duration::from_secs(60)).unwrap();
     assert!(first.wait().unwrap().success());
     assert_eq!(store.roots().unwrap().len(), 2);
 }

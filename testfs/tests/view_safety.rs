@@ -11,7 +11,7 @@ use pagefold_fsadapters::sealed::diff::DiffDamage;
 use pagefold_fsadapters::sealed::image_mount::ImageMountError;
 use pagefold_fsadapters::sealed::live::UpperState;
 use pagefold_fsadapters::sealed::mount::{
-    MountOptions, discard_writes, mount_views, probe_upper, umount_view,
+    MountOptions, discard_writes, mount_view, mount_views, probe_upper, umount_view,
 };
 use pagefold_fsadapters::sealed::view_error::ViewError;
 use pagefold_fsadapters::store::{RootRow, Store, Task};
@@ -20,7 +20,7 @@ use pagefold_testfs::rig::RigFs;
 use rustix::mount::MountFlags;
 
 mod view_support;
-use view_support::{BOTH, Home, bytes, clone_tree, dir, files, patiently, plain_root, settle};
+use view_support::{BOTH, Home, bytes, clone_tree, dir, files, patiently, plain_root, settle, until};
 
 /// A child that ends with the value.
 struct Guard(Child);
@@ -35,6 +35,12 @@ impl Drop for Guard {
 /// A program in `directory` that waits.
 fn sleeper(directory: &Path) -> Guard {
     Guard(Command::new("sleep").arg("60").current_dir(directory).spawn().unwrap())
+}
+
+/// What the child runs by now.
+fn name_of(child: &Guard) -> String {
+    let name = fs::read_to_string(format!("/proc/{}/comm", child.0.id())).unwrap_or_default();
+    name.trim_end().to_owned()
 }
 
 fn upper(store: &Store, row: &RootRow) -> PathBuf {
@@ -160,7 +166,8 @@ fn privileged_a_used_root_is_refused_by_the_process_s_number() {
         let script = format!("mount --bind '{}' /mnt && exec sleep 60 >>/mnt/f", home.at("a").display());
         let child = Guard(Command::new("unshare").args(["-m", "sh", "-c", &script]).spawn().unwrap());
         let link = format!("/proc/{}/fd/1", child.0.id());
-        patiently(|| fs::read_link(&link).is_ok_and(|p| p.ends_with("f")), |ready| !ready);
+        until("it has the file open", || fs::read_link(&link).is_ok_and(|p| p.ends_with("f")));
+        until("it sleeps", || name_of(&child) == "sleep");
         refused(&mut home, &child);
         let force = MountOptions { force: true, ..MountOptions::default() };
         home.try_mount(&store, &rows[0], "view", &force).unwrap();
@@ -174,7 +181,7 @@ fn privileged_a_busy_view_names_who_holds_it_and_a_hidden_one_is_live() {
         let (store, rows) = home.sealed(&["a"]);
         let view = home.mount(&store, &rows[0], "view");
         let child = sleeper(&view.join("dir"));
-        let error = home.try_umount(&store, &view).unwrap_err();
+        let error = umount_view(&store, &view).unwrap_err();
         let ViewError::Busy(busy) = &error else { panic!("{error}") };
         assert_eq!(busy.users.iter().map(|u| u.pid).collect::<Vec<_>>(), [child.0.id()], "{error}");
         drop(child);
@@ -184,11 +191,11 @@ fn privileged_a_busy_view_names_who_holds_it_and_a_hidden_one_is_live() {
         let ready = home.at("ready");
         let script = format!("cd '{}' && touch '{}' && exec sleep 60", view.display(), ready.display());
         let child = Guard(Command::new("unshare").args(["-m", "sh", "-c", &script]).spawn().unwrap());
-        patiently(|| ready.exists(), |ready| !ready);
+        until("it is in the view", || ready.exists());
         let done = home.umount(&store, &view);
         assert_eq!(done.state, Some(UpperState::Live), "{fs:?}");
         assert!(done.holders.iter().any(|h| h.contains(&child.0.id().to_string())), "{:?}", done.holders);
-        let error = home.try_mount(&store, &rows[0], "view", &MountOptions::default()).unwrap_err();
+        let error = mount_view(&store, &rows[0], &view, &MountOptions::default()).unwrap_err();
         assert!(matches!(error, ViewError::Live { .. }), "{error}");
         assert!(matches!(discard_writes(&store, &rows[0]), Err(ViewError::Live { .. })));
         assert_eq!(store.views().unwrap(), []);
@@ -207,12 +214,7 @@ fn privileged_targets_that_make_no_sense_are_refused() {
     let rows = home.seal(&store, &["a", "b"]);
     let why = |row: usize, name: &str| {
         let target = home.at(name);
-        let result = pagefold_fsadapters::sealed::mount::mount_view(
-            &store,
-            &rows[row],
-            &target,
-            &MountOptions::default(),
-        );
+        let result = mount_view(&store, &rows[row], &target, &MountOptions::default());
         result.unwrap_err()
     };
     assert!(matches!(why(0, ".pagefold/roots"), ViewError::InsideStore(_)));

@@ -106,9 +106,19 @@ pub fn step(name: &'static str) {
         if trap.left.fetch_sub(1, Ordering::Relaxed) == 1 {
             let _ = rustix::process::kill_process(rustix::process::getpid(), trap.signal);
             // Another thread may take the signal: until it has stopped this one, this one goes no further.
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            while is_pending(trap.signal) {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
         }
     }
+}
+
+/// Whether no thread has taken the signal that the process was sent. The kernel stops all threads in the moment in which one takes it.
+fn is_pending(signal: Signal) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & (1 << (signal.as_raw() - 1)) != 0)
 }
 
 fn open_log() -> Option<std::fs::File> {

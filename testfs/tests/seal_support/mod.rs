@@ -139,7 +139,8 @@ pub fn make_root(rig: &LoopRig, name: &str, files: &[(&str, &[u8])]) -> PathBuf 
     for (file, bytes) in files {
         std::fs::write(root.join(file), bytes).expect("a file");
     }
-    rustix::fs::sync();
+    // Of this file system only: the others' may take any time.
+    rustix::fs::syncfs(File::open(&root).expect("there")).expect("synced");
     root
 }
 

@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
 
 use pagefold_fsadapters::reflink::clone_file;
 use pagefold_fsadapters::scan::Progress;
@@ -101,6 +102,7 @@ impl Home {
         self.try_mount(store, row, name, &MountOptions::default()).unwrap().target
     }
 
+    /// Whatever comes of it, save that the root's last view is still live: that passes.
     pub fn try_mount(
         &mut self,
         store: &Store,
@@ -122,21 +124,31 @@ impl Home {
         self.try_umount(store, target).unwrap()
     }
 
+    /// Whatever comes of it, save that the view is in use: that passes.
     pub fn try_umount(&mut self, store: &Store, target: &Path) -> Result<Unmounted, ViewError> {
         patiently(|| umount_view(store, target), |r| matches!(r, Err(ViewError::Busy(_))))
     }
 }
 
-/// Tests run beside each other: a child that another is just starting holds our descriptors for a moment.
+/// How long what passes may take to pass. A busy machine starts a program in seconds; who waits for longer waits in vain.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Tests run beside each other: a child that another is just starting holds our descriptors until it executes its program, and a container
+/// that somebody else starts has a copy of our mounts for a moment. Not for what is expected to stay `passing`.
 pub fn patiently<T>(mut call: impl FnMut() -> T, passing: impl Fn(&T) -> bool) -> T {
-    for _ in 0..50 {
+    let started = Instant::now();
+    loop {
         let result = call();
-        if !passing(&result) {
+        if !passing(&result) || started.elapsed() > PATIENCE {
             return result;
         }
-        std::thread::sleep(std::time::Duration::from_millis(4));
+        std::thread::sleep(Duration::from_millis(4));
     }
-    call()
+}
+
+/// Waits until it is so.
+pub fn until(what: &str, so: impl Fn() -> bool) {
+    assert!(patiently(so, |so| !so), "in vain waited until {what}");
 }
 
 impl Drop for Home {
