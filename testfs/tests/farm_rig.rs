@@ -129,7 +129,9 @@ fn helper_holds_a_rig_until_killed() {
 fn kill_an_owner_with(signal: &str) {
     // A base of its own, so that the watcher must do it: nobody else's sweep comes by here.
     let base = tempfile::tempdir().expect("temporary directory");
-    let mut owner = Command::new(std::env::current_exe().expect("own path"))
+    // Who is started in the background of a script ignores SIGINT, and so do those whom it starts.
+    let mut owner = Command::new("env")
+        .args(["--default-signal=INT".as_ref(), std::env::current_exe().expect("own path").as_os_str()])
         .args(["--exact", "helper_holds_a_rig_until_killed", "--nocapture"])
         .env(ROLE, "owner")
         .env("PAGEFOLD_TMPDIR", base.path())
