@@ -12,7 +12,7 @@
 //!
 //! Invariant: [`RealFile::Open`] is the inode whose pages the overlay file shows, on the file system that
 //! [`OverlayFs::layers`] describes. What it deliberately does not do: follow `metacopy` (attributes in one layer, data in
-//! another): such mounts have no physical identity here. Limits: without `CAP_DAC_READ_SEARCH` real inodes can only be named,
+//! another) but into data-only layers (module `metacopy`): such mounts have no physical identity here. Limits: without `CAP_DAC_READ_SEARCH` real inodes can only be named,
 //! then a layer scanned beside its overlay is counted apart, and copied-up files whose ctimes and birth times agree to the clock tick count once.
 
 use std::io;
@@ -26,6 +26,10 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 use crate::fsid::{self, FsFacts};
 use crate::mountinfo::{self, Mount};
 use crate::source::InodeId;
+
+mod metacopy;
+
+use metacopy::Metacopy;
 
 /// One overlay mount. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -47,6 +51,8 @@ struct Below {
     anchor: OwnedFd,
     /// The upper directory where it could be opened.
     upper: Option<OwnedFd>,
+    /// Attributes and data are in different layers.
+    metacopy: Option<Metacopy>,
 }
 
 /// Why nothing is known of the layers.
@@ -56,7 +62,7 @@ pub enum NoLayers {
     /// The mount belongs to another mount namespace.
     #[error("overlay: its mount is not in this mount namespace")]
     NoMount,
-    /// Data and attributes may come from different inodes.
+    /// Data and attributes may come from different inodes, and no data-only layers say from which.
     #[error("overlay with metacopy: the inode that holds the data is not known")]
     Metacopy,
     /// Layers on more than one file system.
@@ -106,7 +112,14 @@ impl OverlayFs {
     pub fn real_file(&self, file: BorrowedFd<'_>) -> io::Result<RealFile> {
         let seen = Looks::of(file)?;
         let origin = handle::name_to_handle(file, c"").ok().and_then(|h| OriginHandle::parse(&h));
-        if let Ok(below) = &self.inner.below {
+        if let Ok(below) = &self.inner.below
+            && let Some(metacopy) = &below.metacopy
+        {
+            let upper = self.relative_path(file).and_then(|path| below.open_upper(&path));
+            if let Some(real) = metacopy.real_file(file, &seen, origin.as_ref(), upper) {
+                return Ok(RealFile::Open(real));
+            }
+        } else if let Ok(below) = &self.inner.below {
             let lower = origin.as_ref().and_then(|o| below.open_origin(o));
             if let Some(real) = lower.filter(|fd| Looks::of(fd.as_fd()).is_ok_and(|l| l.is_same(&seen))) {
                 return Ok(RealFile::Open(real));
@@ -131,11 +144,29 @@ impl OverlayFs {
 impl Below {
     fn find(dir: BorrowedFd<'_>, mount: &Mount, mounts: &[Mount]) -> Result<Below, NoLayers> {
         let options = Options::parse(&mount.fs_options);
-        if options.metacopy {
-            return Err(NoLayers::Metacopy);
+        let (facts, anchor, metacopy) = if options.metacopy {
+            let (facts, anchor, metacopy) = Metacopy::find(&options)?;
+            (facts, anchor, Some(metacopy))
+        } else {
+            let (facts, anchor) = Below::of_layers(dir, &options, mounts)?;
+            (facts, anchor, None)
+        };
+        if let Some(why) = &facts.description.why_not {
+            return Err(NoLayers::Below(why.clone()));
         }
+        let upper = options.upper.filter(|p| p.is_absolute());
+        let upper = upper.and_then(|path| open_and_describe(&path)).filter(|(f, _)| same_fs(f, &facts));
+        Ok(Below { facts, anchor, upper: upper.map(|(_, fd)| fd), metacopy })
+    }
+
+    /// The one file system that all layers are on, and a directory of it.
+    fn of_layers(
+        dir: BorrowedFd<'_>,
+        options: &Options,
+        mounts: &[Mount],
+    ) -> Result<(FsFacts, OwnedFd), NoLayers> {
         let mut found: Option<(FsFacts, OwnedFd)> = None;
-        for path in options.layers.iter().filter(|p| p.is_absolute()) {
+        for path in options.layers().filter(|p| p.is_absolute()) {
             let Some((facts, fd)) = open_and_describe(path) else { continue };
             match &found {
                 Some((first, _)) if !same_fs(first, &facts) => return Err(NoLayers::SeveralFs),
@@ -151,13 +182,7 @@ impl Below {
                 .and_then(|h| OriginHandle::parse(&h))
                 .and_then(|origin| only_fs_with(origin.uuid, mounts)),
         };
-        let (facts, anchor) = found.ok_or(NoLayers::NotFound)?;
-        if let Some(why) = &facts.description.why_not {
-            return Err(NoLayers::Below(why.clone()));
-        }
-        let upper = options.upper.filter(|p| p.is_absolute());
-        let upper = upper.and_then(|path| open_and_describe(&path)).filter(|(f, _)| same_fs(f, &facts));
-        Ok(Below { facts, anchor, upper: upper.map(|(_, fd)| fd) })
+        found.ok_or(NoLayers::NotFound)
     }
 
     fn open_origin(&self, origin: &OriginHandle) -> Option<OwnedFd> {
@@ -257,12 +282,20 @@ impl Looks {
 
     /// Whether both are looks of one inode. A birth time is demanded: without it a fresh copy-up could pass for its origin.
     fn is_same(&self, other: &Looks) -> bool {
-        let has_birth = |l: &Looks| StatxFlags::from_bits_retain(l.stat.stx_mask).contains(StatxFlags::BTIME);
-        has_birth(self)
-            && has_birth(other)
-            && self.times_and_size() == other.times_and_size()
-            && self.stat.stx_blocks == other.stat.stx_blocks
-            && self.stat.stx_mode == other.stat.stx_mode
+        self.is_same_but_blocks(other) && self.stat.stx_blocks == other.stat.stx_blocks
+    }
+
+    /// The same for an inode whose data may be another's: overlayfs shows that one's blocks.
+    fn is_same_but_blocks(&self, other: &Looks) -> bool {
+        self.has_birth() && other.has_birth() && self.has_same_attributes(other)
+    }
+
+    fn has_birth(&self) -> bool {
+        StatxFlags::from_bits_retain(self.stat.stx_mask).contains(StatxFlags::BTIME)
+    }
+
+    fn has_same_attributes(&self, other: &Looks) -> bool {
+        self.times_and_size() == other.times_and_size() && self.stat.stx_mode == other.stat.stx_mode
     }
 }
 
@@ -302,8 +335,10 @@ impl OriginHandle {
 /// The options of an overlay mount that say where its layers are.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Options {
-    /// Upper, lower and data directories.
-    layers: Vec<PathBuf>,
+    /// Ordinary lower layers.
+    lower: Vec<PathBuf>,
+    /// Data-only layers.
+    data: Vec<PathBuf>,
     upper: Option<PathBuf>,
     metacopy: bool,
 }
@@ -315,20 +350,29 @@ impl Options {
             let mut parts = option.splitn(2, |b| *b == b'=');
             let (key, value) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
             match key {
-                b"upperdir" => {
-                    options.upper = Some(path(value));
-                    options.layers.push(path(value));
-                }
+                b"upperdir" => options.upper = Some(path(value)),
                 // One list on older mounts, one option a layer on newer ones; "::" precedes data-only layers.
-                b"lowerdir" => options
-                    .layers
-                    .extend(value.split(|b| *b == b':').filter(|part| !part.is_empty()).map(path)),
-                b"lowerdir+" | b"datadir+" => options.layers.push(path(value)),
+                b"lowerdir" => {
+                    let mut is_data = false;
+                    for part in value.split(|b| *b == b':') {
+                        match (part.is_empty(), is_data) {
+                            (true, _) => is_data = true,
+                            (false, false) => options.lower.push(path(part)),
+                            (false, true) => options.data.push(path(part)),
+                        }
+                    }
+                }
+                b"lowerdir+" => options.lower.push(path(value)),
+                b"datadir+" => options.data.push(path(value)),
                 b"metacopy" => options.metacopy = value == b"on",
                 _ => {}
             }
         }
         options
+    }
+
+    fn layers(&self) -> impl Iterator<Item = &PathBuf> {
+        self.lower.iter().chain(&self.data).chain(&self.upper)
     }
 }
 
@@ -345,11 +389,13 @@ mod tests {
     fn options_name_all_layers() {
         let text = b"rw,lowerdir+=/a,lowerdir+=/b\\040c,datadir+=/d,upperdir=/u,workdir=/w,metacopy=on";
         let options = Options::parse(text);
-        assert_eq!(options.layers, ["/a", "/b c", "/d", "/u"].map(PathBuf::from));
+        assert_eq!(options.lower, ["/a", "/b c"].map(PathBuf::from));
+        assert_eq!(options.data, ["/d"].map(PathBuf::from));
         assert_eq!(options.upper, Some("/u".into()));
         assert!(options.metacopy);
         let options = Options::parse(b"rw,lowerdir=/a\\072x:l/B::/d,metacopy=off");
-        assert_eq!(options.layers, ["/a:x", "l/B", "/d"].map(PathBuf::from));
+        assert_eq!(options.lower, ["/a:x", "l/B"].map(PathBuf::from));
+        assert_eq!(options.data, ["/d"].map(PathBuf::from));
         assert!(!options.metacopy && options.upper.is_none());
     }
 

@@ -30,6 +30,10 @@ pub enum KernelFs {
     Ext4,
     /// tmpfs.
     Tmpfs,
+    /// A sealed view of a root on XFS.
+    ViewOnXfs,
+    /// A sealed view of a root on btrfs. Subvolumes can't be made through it.
+    ViewOnBtrfs,
 }
 
 /// A directory on a real file system.
@@ -83,7 +87,8 @@ impl Rig for KernelRig {
             Need::Extents | Need::Unwritten | Need::Evict => !tmpfs,
             Need::PlainPages => !tmpfs && self.fs != KernelFs::XfsSmallBlocks,
             Need::Reflink => !tmpfs && self.fs != KernelFs::Ext4,
-            Need::Inline | Need::Snapshot | Need::Relocate => self.is_btrfs(),
+            Need::Inline => self.is_btrfs() || self.fs == KernelFs::ViewOnBtrfs,
+            Need::Snapshot | Need::Relocate => self.is_btrfs(),
             Need::Compress => self.fs == KernelFs::BtrfsZstd,
             Need::NoExtents => tmpfs,
             // A second device, half-done writeback and another user are the simulation's (docs/untested.md).
