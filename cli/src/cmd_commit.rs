@@ -3,7 +3,7 @@
 //! What it deliberately does not hold: how (see `pagefold_fsadapters::sealed::commit_root`).
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
@@ -101,6 +101,7 @@ fn write(results: &PerRoot<CommitReport>, format: Format) -> anyhow::Result<()> 
         };
         writeln!(out, "{}: {what}", row.name)?;
         tell(&report.applied);
+        tell_way_out(row, &report.applied);
         if let Some(why) = &report.seal_error {
             eprintln!(
                 "pagefold: {}: it could not be sealed again, its view can be mounted as before: {why}",
@@ -158,6 +159,9 @@ pub fn summary(applied: &Applied) -> String {
         human::count(applied.removed),
         human::bytes(applied.shared_bytes),
     );
+    if applied.dirs_changed > 0 {
+        text.push_str(&format!(", attributes of {} directories", human::count(applied.dirs_changed)));
+    }
     if applied.copied_bytes > 0 {
         text.push_str(&format!(", {} copied", human::bytes(applied.copied_bytes)));
     }
@@ -177,11 +181,22 @@ pub fn tell(applied: &Applied) {
     }
 }
 
+fn tell_way_out(row: &RootRow, applied: &Applied) {
+    if !applied.conflicts.is_empty() {
+        let name = human::path(Path::new(&row.name));
+        eprintln!(
+            "pagefold: nothing is lost: make the raw root's state what it should be and run `pagefold commit {name}`, which takes what is \
+             equal as done; or --ours takes the view's state, --theirs the raw root's (`pagefold export {name} DIR` shows the view's)"
+        );
+    }
+}
+
 /// Commits one root, for `umount --commit`: a sentence, or why not.
 pub fn commit_one(store: &Store, row: &RootRow) -> Result<String, String> {
     let result = cancellable(|progress| commit_root(store, row, CommitOptions::default(), progress));
     let report = result.map_err(|e| e.to_string())?;
     tell(&report.applied);
+    tell_way_out(row, &report.applied);
     match (report.outcome, &report.seal_error) {
         (CommitOutcome::Unchanged, _) => Ok("nothing had been written".into()),
         (CommitOutcome::Committed, _) => Ok(format!("committed: {}", summary(&report.applied))),

@@ -33,7 +33,8 @@ pub struct ExplainArgs {
 pub fn run(args: &ExplainArgs) -> anyhow::Result<Exit> {
     let dir = match view_above(&args.path) {
         Some(store) if args.store.is_default() => store,
-        _ => args.store.dir(Some(&args.path))?,
+        // What is gone is looked for where it was.
+        _ => args.store.dir(args.path.ancestors().find(|path| path.symlink_metadata().is_ok()))?,
     };
     let store = pagefold_fsadapters::store::Store::open(&dir, OpenMode::Existing, "pagefold explain")?;
     let report = explain(&store, &args.path)?;
@@ -64,7 +65,7 @@ fn render(report: &ExplainReport) -> String {
         ));
     }
     if report.sites > 0 {
-        out.push_str(&format!("shown by {} files of sealed roots:\n", count(report.sites)));
+        out.push_str(&format!("sealed in {} of sealed roots:\n", human::counted(report.sites, "file")));
         for site in &report.site_list {
             let view = site.view.as_ref().map_or("not mounted".to_owned(), |at| human::path(at));
             out.push_str(&format!("  {} in {} ({view})\n", human::path(&site.path), plain(&site.root)));

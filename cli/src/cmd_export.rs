@@ -50,8 +50,10 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<Exit> {
     let store = match store_of(&args.subject) {
         Some(dir) => Store::open(&dir, OpenMode::Existing, "pagefold export")?,
         None => {
-            let near = Some(&*args.subject).filter(|path| path.exists());
-            args.store.open(near.or(args.target.parent()), OpenMode::Existing, "pagefold export")?
+            // A name is no path: then the target is what lies near the store; one that is a name only lies in the current directory.
+            let parent = args.target.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let near = Some(&*args.subject).filter(|path| path.exists()).or(parent);
+            args.store.open(near, OpenMode::Existing, "pagefold export")?
         }
     };
     let row = find(&store, &args.subject)?;

@@ -10,6 +10,7 @@ use anyhow::Context;
 use clap::Args;
 use pagefold_fsadapters::mountinfo;
 use pagefold_fsadapters::scan::path_text;
+use pagefold_fsadapters::sealed::commit_root::has_changes;
 use pagefold_fsadapters::sealed::idmap::IdMaps;
 use pagefold_fsadapters::sealed::live::UpperState;
 use pagefold_fsadapters::sealed::mount::{
@@ -52,6 +53,9 @@ pub struct MountArgs {
     /// Mount again what was mounted when the host went down.
     #[arg(long, conflicts_with = "root")]
     restore: bool,
+    /// For `mount.pagefold`: a view that is where it should be is no error, so that `mount -a` may be run again.
+    #[arg(long, hide = true)]
+    helper: bool,
     /// Read-only.
     #[arg(long)]
     ro: bool,
@@ -125,6 +129,10 @@ fn open_store(args: &MountArgs) -> anyhow::Result<Store> {
     // A name is no path: then the target is what lies near the store.
     let known = [&args.root, &args.target, &args.at].into_iter().flatten();
     let near = known.flat_map(|p| p.ancestors()).find(|p| p.exists());
+    // By name, from where the store is onto another file system.
+    let by_name = args.root.as_ref().is_none_or(|root| root.components().count() == 1 && !root.exists());
+    let has_store = |near| args.store.dir(near).is_ok_and(|dir| dir.join("FORMAT").exists());
+    let near = near.filter(|near| !by_name || has_store(Some(near)) || !has_store(None));
     args.store.open(near, OpenMode::Existing, "mount")
 }
 
@@ -139,7 +147,11 @@ fn batches(args: &MountArgs, store: &Store) -> anyhow::Result<Batches> {
         return Ok((restored(args, store)?, Vec::new()));
     }
     if let (Some(root), Some(target)) = (&args.root, &args.target) {
-        return Ok((vec![(options, vec![(store.find_root(root)?, target.clone())])], Vec::new()));
+        let row = store.find_root(root)?;
+        if args.helper && is_there(store, &row, target)? {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        return Ok((vec![(options, vec![(row, target.clone())])], Vec::new()));
     }
     let at = args.at.as_ref().context("mount --all: name the directory with --at DIR")?;
     let (mut requests, mut lost) = (Vec::new(), Vec::new());
@@ -151,6 +163,14 @@ fn batches(args: &MountArgs, store: &Store) -> anyhow::Result<Batches> {
         }
     }
     Ok((vec![(options, requests)], lost))
+}
+
+/// Whether the view of `row` is mounted at `target`.
+fn is_there(store: &Store, row: &RootRow, target: &Path) -> anyhow::Result<bool> {
+    let Ok(target) = target.canonicalize() else { return Ok(false) };
+    let meant = store.view(row.id)?.is_some_and(|view| view.target == target);
+    let mounts = mountinfo::read().context("read /proc/self/mountinfo")?;
+    Ok(meant && mount::view_at(&mounts, &target).is_some())
 }
 
 fn make_target(target: &Path) -> Result<(), ViewError> {
@@ -289,6 +309,8 @@ fn after(args: &UmountArgs, store: &Store, done: &Unmounted) -> Extra {
     }
     let row = store.root(root).map_err(|e| e.to_string())?;
     if args.discard {
+        // Where that can't be told, what is there goes all the same.
+        let any = has_changes(store, &row).unwrap_or(true);
         let gone = discard_writes(store, &row).map_err(|e| e.to_string())?;
         if gone.half_committed {
             return Err(format!(
@@ -296,7 +318,10 @@ fn after(args: &UmountArgs, store: &Store, done: &Unmounted) -> Extra {
                 gone.entries, row.name
             ));
         }
-        return Ok(format!("{} written entries were discarded", gone.entries));
+        return Ok(match any {
+            true => format!("{} written entries were discarded", gone.entries),
+            false => "nothing had been written".to_owned(),
+        });
     }
     crate::cmd_commit::commit_one(store, &row)
 }

@@ -60,7 +60,10 @@ impl SealArgs {
         }
         let store = match &self.store {
             Some(dir) => dir.clone(),
-            None => store_arg::default_dir(&self.roots[0])?,
+            // One that is not there takes no other with it.
+            None => store_arg::default_dir(
+                self.roots.iter().find(|root| root.exists()).unwrap_or(&self.roots[0]),
+            )?,
         };
         let defaults = SealConfig::new(self.roots.clone());
         let config = SealConfig {

@@ -84,7 +84,7 @@ pub fn run(args: &UnsealArgs) -> anyhow::Result<Exit> {
         other => other?,
     };
     let rows = rows_of(&store, &args.roots, args.all)?;
-    if let Some(dir) = args.export.as_ref().filter(|_| rows.len() > 1) {
+    if let Some(dir) = args.export.as_ref().filter(|_| args.all || rows.len() > 1) {
         std::fs::create_dir_all(dir).with_context(|| format!("create {}", human::path(dir)))?;
     }
     let several = rows.len() > 1;
@@ -142,12 +142,13 @@ fn write_one(out: &mut impl Write, row: &RootRow, report: &UnsealReport) -> std:
     }
     report.notes.iter().for_each(|note| eprintln!("pagefold: note: {}: {note}", row.name));
     match report.unsealed {
-        true => writeln!(
+        true if row.path.is_dir() => writeln!(
             out,
             "{}: no longer sealed; {} is an ordinary directory",
             row.name,
             human::path(&row.path)
         )?,
+        true => writeln!(out, "{}: no longer sealed; {} is not there", row.name, human::path(&row.path))?,
         false => eprintln!("pagefold: {}: still sealed, for not all that its view wrote is safe", row.name),
     }
     Ok(())

@@ -53,6 +53,11 @@ pub fn count(n: u64) -> String {
     out
 }
 
+/// A number of things, "1 file" or "2 files".
+pub fn counted(n: u64, thing: &str) -> String {
+    format!("{} {thing}{}", count(n), if n == 1 { "" } else { "s" })
+}
+
 /// `part` of `whole` in percent; `-` where there is nothing to be part of.
 pub fn percent(part: u64, whole: u64) -> String {
     if whole == 0 { "-".to_owned() } else { format!("{:.1} %", part as f64 * 100.0 / whole as f64) }

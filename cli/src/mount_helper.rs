@@ -56,7 +56,8 @@ pub fn translate(args: &[OsString]) -> Result<Vec<OsString>, String> {
         // Everything was understood, which is all that a fake mount asks.
         return Ok(vec!["pagefold".into(), "--version".into()]);
     }
-    out.extend(["--".into(), root.clone(), target.clone()]);
+    // mount(8) takes a view for another one than fstab's, for its type and source are overlayfs': `mount -a` comes here each time.
+    out.extend(["--helper".into(), "--".into(), root.clone(), target.clone()]);
     Ok(out)
 }
 
@@ -101,9 +102,9 @@ mod tests {
     fn what_mount_and_fstab_say_becomes_a_mount() {
         let translated =
             translate(&words("/srv/a /views/a -s -o rw,noauto,x-systemd.requires=b,store=/s,ro -t pagefold"));
-        assert_eq!(translated, Ok(words("pagefold mount --store=/s --ro -- /srv/a /views/a")));
+        assert_eq!(translated, Ok(words("pagefold mount --store=/s --ro --helper -- /srv/a /views/a")));
         assert_eq!(translate(&words("a b -fnv")), Ok(words("pagefold --version")));
-        assert_eq!(translate(&words("a b -n")), Ok(words("pagefold mount -- a b")));
+        assert_eq!(translate(&words("a b -n")), Ok(words("pagefold mount --helper -- a b")));
     }
 
     #[test]

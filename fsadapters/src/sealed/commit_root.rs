@@ -101,7 +101,11 @@ pub fn commit_root(
         return Ok(report(CommitOutcome::NotSealed, applied, Some(why)));
     }
     step("commit.sealed");
-    finish_earlier(store, row)?;
+    finish_earlier(store, row).map_err(|e| {
+        CommitError::Below(format!(
+            "all is in the raw root and sealed again; only the upper of before is still there, which the next commit removes: {e}"
+        ))
+    })?;
     Ok(report(CommitOutcome::Committed, applied, None))
 }
 

@@ -38,13 +38,22 @@ pub enum RawError {
     #[error("{0:?} can't be reached below what is mounted over it; unmount its view first")]
     Hidden(PathBuf),
     /// A call failed.
-    #[error("open the raw root {path:?}: {errno}")]
+    #[error("open the raw root {path:?}: {errno}{}", moved(*errno))]
     Open {
         /// The root.
         path: PathBuf,
         /// The answer.
         errno: Errno,
     },
+}
+
+fn moved(errno: Errno) -> &'static str {
+    match errno {
+        Errno::NOENT | Errno::NOTDIR => {
+            "; put it back where it was, or unseal it by its name (with --export DIR where its view wrote something) and seal it where it is now"
+        }
+        _ => "",
+    }
 }
 
 /// Opens the raw root of `row`, read-only as a descriptor (what is in it can be written through it, unless its mount is read-only).

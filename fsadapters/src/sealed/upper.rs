@@ -247,7 +247,7 @@ pub(super) fn belongs_to(
 /// What [`discard`] left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Discarded {
-    /// Entries that were removed, directories counted.
+    /// Entries of the upper that were removed, directories counted.
     pub entries: u64,
     /// A commit of them had begun and not ended: the raw root holds a part. To commit again puts it right.
     pub half_committed: bool,
@@ -269,15 +269,17 @@ pub fn is_half_discarded(root_dir: &Path) -> bool {
 /// # Errors
 /// [`UpperError`] of the first thing that could not be removed.
 pub fn discard(root_dir: &Path, sealed: &Meta) -> Result<Discarded, UpperError> {
-    let mut entries = 0;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mark = root_dir.join(DISCARDING);
     put_mark(root_dir, &mark).map_err(failed("create", &mark))?;
-    for name in [UPPER, WORK] {
+    let emptied = |name: &str| {
         let path = root_dir.join(name);
         let dir = rustix::fs::open(&path, flags, Mode::empty()).map_err(failed("open", &path))?;
-        entries += empty(dir, &path)?;
-    }
+        empty(dir, &path)
+    };
+    let entries = emptied(UPPER)?;
+    // Overlayfs' own: nobody wrote it.
+    emptied(WORK)?;
     step("discard.emptied");
     let path = root_dir.join(UPPER);
     let upper = rustix::fs::open(&path, flags, Mode::empty()).map_err(failed("open", &path))?;

@@ -13,7 +13,7 @@ use super::state::shown_path;
 #[non_exhaustive]
 pub enum CommitError {
     /// A system call failed.
-    #[error("can't {what} {}: {source}", path.display())]
+    #[error("can't {what} {}: {source}{}", path.display(), way_out(source))]
     Io {
         /// The operation.
         what: &'static str,
@@ -39,6 +39,17 @@ pub enum CommitError {
     /// Something that this stands on failed.
     #[error("{0}")]
     Below(String),
+}
+
+/// What to do about what more than one file would meet.
+fn way_out(error: &io::Error) -> &'static str {
+    match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::ROFS) => {
+            " (make it writable, a btrfs subvolume by `btrfs property set DIR ro false`, and run it again; or bring what the view shows elsewhere by `pagefold export`)"
+        }
+        Some(Errno::NOSPC | Errno::DQUOT) => " (make room and run it again)",
+        _ => "",
+    }
 }
 
 /// An error of an operation on a path below the root.

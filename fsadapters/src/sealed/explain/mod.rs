@@ -24,6 +24,9 @@ use crate::store::manifest::{ManifestError, read_manifest};
 use crate::store::{AnchorKey, RootRow, SealId, Store, StoreError};
 
 pub mod report;
+mod trace;
+
+use trace::{Traced, Upper};
 
 pub use report::{ExplainReport, ExplainedAnchor, ExplainedRoot, Place, Site, Verdict};
 
@@ -46,6 +49,12 @@ pub enum ExplainError {
         path: PathBuf,
         /// The errno.
         source: io::Error,
+    },
+    /// Neither the view nor the sealed root has it.
+    #[error("{path:?} is not there, and was not there when its root was sealed")]
+    Missing {
+        /// The path.
+        path: PathBuf,
     },
     /// It is in nothing that the store knows.
     #[error(
@@ -165,8 +174,14 @@ fn of_file(
 ) -> Result<ExplainReport, ExplainError> {
     let dir = store.root_dir(row.id, row.generation);
     let tree = read_manifest(&dir)?;
-    let sealed = find(&tree, &below);
-    let key = sealed.and_then(|id| match &tree.inode(id).node {
+    let upper = match place {
+        Place::View => trace::follow(&dir.join("upper"), &below)
+            .map_err(|(path, source)| ExplainError::Io { what: "look at", path, source })?,
+        _ => Traced { upper: Upper::Untouched, sealed_at: Some(below.clone()) },
+    };
+    let sealed = upper.sealed_at.as_ref().and_then(|at| find(&tree, at));
+    let here = here(&path, upper.upper, sealed.is_some())?;
+    let key = sealed.filter(|_| here != Here::Other).and_then(|id| match &tree.inode(id).node {
         Node::File { data: Data::Anchor(key), .. } => Some(*key),
         _ => None,
     });
@@ -175,12 +190,15 @@ fn of_file(
         Some(key) => sites(store, row.domain, key, views)?,
         None => (0, Vec::new()),
     };
+    let sealed_path = upper.sealed_at.as_deref().unwrap_or(&below);
     let raw_changed = sealed.and_then(|id| {
         let raw = open_raw_root(row).ok()?;
-        Some(!is_as_sealed(raw.as_fd(), below.as_os_str().as_bytes(), tree.inode(id)))
+        Some(!is_as_sealed(raw.as_fd(), sealed_path.as_os_str().as_bytes(), tree.inode(id)))
     });
-    let upper = if place == Place::View { in_upper(&dir.join("upper"), &below) } else { Upper::Untouched };
-    let (verdict, mut why) = judge(place, sealed.map(|id| &tree.inode(id).node), &upper, count);
+    let (verdict, mut why) = judge(place, here, sealed.map(|id| &tree.inode(id).node), upper.upper, count);
+    if matches!(verdict, Verdict::Shared | Verdict::Alone) && sealed_path != below {
+        why.push(format!("it was sealed as {sealed_path:?} and got this name in the view"));
+    }
     why.extend(anchor.as_ref().into_iter().flat_map(about));
     if raw_changed == Some(true) {
         why.push("the raw root's file changed after it was sealed: the view shows it as it was".to_owned());
@@ -191,7 +209,7 @@ fn of_file(
         place,
         verdict,
         why,
-        on_write: on_write(place, verdict, &upper, anchor.as_ref(), !views.contains_key(&row.id)),
+        on_write: on_write(place, verdict, upper.upper, anchor.as_ref(), !views.contains_key(&row.id)),
         root: Some(ExplainedRoot { id: row.id.0, name: row.name.clone(), path: row.path.clone(), below }),
         anchor,
         sites: count,
@@ -200,62 +218,91 @@ fn of_file(
     })
 }
 
-/// What the upper has at a path.
+/// What is at a path now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Upper {
-    Untouched,
-    MetadataOnly,
-    Data,
+enum Here {
+    File,
+    Other,
+    Removed,
 }
 
-fn in_upper(upper: &Path, below: &Path) -> Upper {
-    let at = upper.join(below);
-    match std::fs::symlink_metadata(&at) {
-        Err(_) => Upper::Untouched,
-        Ok(meta) if !meta.is_file() => Upper::MetadataOnly,
-        Ok(_) => {
-            let mut value = [0u8; 256];
-            match rustix::fs::lgetxattr(&at, "trusted.overlay.metacopy", &mut value[..]) {
-                Ok(_) | Err(rustix::io::Errno::RANGE) => Upper::MetadataOnly,
-                Err(_) => Upper::Data,
-            }
+/// Asks `path` itself. What is not there was removed, or never was: then there is nothing to explain.
+fn here(path: &Path, upper: Upper, sealed: bool) -> Result<Here, ExplainError> {
+    match std::fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_file() => Ok(Here::File),
+        Ok(_) => Ok(Here::Other),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && (sealed || upper == Upper::Removed) => {
+            Ok(Here::Removed)
         }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Err(ExplainError::Missing { path: path.to_owned() }),
+        Err(source) => Err(ExplainError::Io { what: "look at", path: path.to_owned(), source }),
     }
 }
 
-fn judge(place: Place, sealed: Option<&Node>, upper: &Upper, sites: u64) -> (Verdict, Vec<String>) {
+fn judge(
+    place: Place,
+    here: Here,
+    sealed: Option<&Node>,
+    upper: Upper,
+    sites: u64,
+) -> (Verdict, Vec<String>) {
     let say = |verdict, text: &str| (verdict, vec![text.to_owned()]);
-    match (sealed, upper) {
-        (None, _) => say(
-            Verdict::NotSealed,
-            "it was not there when the root was sealed: its pages are its own; `pagefold commit` and `pagefold seal` again would \
-             make it part of the sealed state",
-        ),
-        (Some(Node::File { .. }), Upper::Data) => say(
+    let data = match (here, sealed) {
+        (Here::Removed, _) if place == Place::Raw => {
+            return say(
+                Verdict::Removed,
+                "the raw root has lost it since it was sealed: its view shows it still; `pagefold seal` again takes that over",
+            );
+        }
+        (Here::Removed, _) => {
+            return say(
+                Verdict::Removed,
+                "it was sealed and is removed in the view (or has another name there): other views and the raw root have it still; \
+                 `pagefold commit` removes it there too",
+            );
+        }
+        (Here::Other, _) => {
+            return say(Verdict::NotAFile, "it is no regular file: only these have pages to share");
+        }
+        (Here::File, Some(Node::File { data, .. })) => data,
+        (Here::File, _) if place == Place::Raw => {
+            return say(
+                Verdict::NotSealed,
+                "it was not there, or was no file, when the root was sealed: its view does not show it; `pagefold seal` again \
+                 makes it part of the sealed state",
+            );
+        }
+        (Here::File, _) => {
+            return say(
+                Verdict::NotSealed,
+                "it was not there when the root was sealed: its pages are its own; `pagefold commit` makes it part of the \
+                 sealed state",
+            );
+        }
+    };
+    match data {
+        _ if upper == Upper::Data => say(
             Verdict::Broken,
             "it was written through the view: its pages are its own until it is committed and the root is sealed again",
         ),
-        (Some(Node::File { data: Data::Empty, .. }), _) => {
-            say(Verdict::Empty, "it is empty: there are no pages")
-        }
-        (Some(Node::File { .. }), _) if place == Place::Raw => say(
+        Data::Empty => say(Verdict::Empty, "it is empty: there are no pages"),
+        _ if place == Place::Raw => say(
             Verdict::RawCopy,
             "this is the raw root's own file: who reads it here fills a page cache of its own; who reads it through the view \
              uses the anchor's pages",
         ),
-        (Some(Node::File { .. }), _) if sites > 1 => (
+        _ if sites > 1 => (
             Verdict::Shared,
             vec![format!(
                 "its pages are the anchor's, and {} other files of sealed roots show the same anchor",
                 sites - 1
             )],
         ),
-        (Some(Node::File { .. }), _) => say(
+        _ => say(
             Verdict::Alone,
             "it has an anchor, and no other file of a sealed root shows it: none has the same extents, and where content was \
              compared, the same content",
         ),
-        (Some(_), _) => say(Verdict::NotAFile, "it is no regular file: only these have pages to share"),
     }
 }
 
@@ -275,7 +322,7 @@ fn about(anchor: &ExplainedAnchor) -> Vec<String> {
 fn on_write(
     place: Place,
     verdict: Verdict,
-    upper: &Upper,
+    upper: Upper,
     anchor: Option<&ExplainedAnchor>,
     no_view: bool,
 ) -> String {
@@ -295,13 +342,17 @@ fn on_write(
                 true => "all data is copied".to_owned(),
                 false => format!("a reflink{extents}, no data is copied"),
             };
-            let meta = if *upper == Upper::MetadataOnly { " (its metadata is copied already)" } else { "" };
+            let meta = if upper == Upper::MetadataOnly { " (its metadata is copied already)" } else { "" };
             format!(
                 "the first open for writing copies the file up into the view's own layer{meta}: {how}; all its pages are the view's own \
                  from then on, other views keep the anchor; programs that had it mapped go on seeing the old bytes there"
             )
         }
         (_, Verdict::Broken | Verdict::NotSealed) => "nothing special: it is the view's own file".to_owned(),
+        (_, Verdict::Removed) => "a new file of this name is the view's own".to_owned(),
+        (_, Verdict::NotAFile) if upper != Upper::Untouched => {
+            "nothing special: it is the view's own".to_owned()
+        }
         _ => "it is copied up into the view's own layer; there are no pages to lose".to_owned(),
     }
 }
@@ -388,17 +439,27 @@ mod tests {
         let file = Node::File { size: 1, data: Data::Anchor(AnchorKey([0; 32])) };
         let empty = Node::File { size: 0, data: Data::Empty };
         let cases = [
-            (Place::View, Some(&file), Upper::Untouched, 3, Verdict::Shared),
-            (Place::View, Some(&file), Upper::MetadataOnly, 3, Verdict::Shared),
-            (Place::View, Some(&file), Upper::Untouched, 1, Verdict::Alone),
-            (Place::View, Some(&file), Upper::Data, 3, Verdict::Broken),
-            (Place::Raw, Some(&file), Upper::Untouched, 3, Verdict::RawCopy),
-            (Place::View, Some(&empty), Upper::Untouched, 0, Verdict::Empty),
-            (Place::View, Some(&Node::Dir), Upper::Untouched, 0, Verdict::NotAFile),
-            (Place::View, None, Upper::Data, 0, Verdict::NotSealed),
+            (Place::View, Here::File, Some(&file), Upper::Untouched, 3, Verdict::Shared),
+            (Place::View, Here::File, Some(&file), Upper::MetadataOnly, 3, Verdict::Shared),
+            (Place::View, Here::File, Some(&file), Upper::Untouched, 1, Verdict::Alone),
+            (Place::View, Here::File, Some(&file), Upper::Data, 3, Verdict::Broken),
+            (Place::View, Here::File, Some(&empty), Upper::Data, 0, Verdict::Broken),
+            (Place::View, Here::File, Some(&Node::Dir), Upper::Data, 0, Verdict::NotSealed),
+            (Place::View, Here::Removed, Some(&file), Upper::Removed, 3, Verdict::Removed),
+            (Place::Raw, Here::File, Some(&file), Upper::Untouched, 3, Verdict::RawCopy),
+            (Place::Raw, Here::File, None, Upper::Untouched, 0, Verdict::NotSealed),
+            (Place::Raw, Here::Removed, Some(&file), Upper::Untouched, 3, Verdict::Removed),
+            (Place::View, Here::File, Some(&empty), Upper::Untouched, 0, Verdict::Empty),
+            (Place::View, Here::Other, Some(&Node::Dir), Upper::Untouched, 0, Verdict::NotAFile),
+            (Place::View, Here::Other, None, Upper::Data, 0, Verdict::NotAFile),
+            (Place::View, Here::File, None, Upper::Data, 0, Verdict::NotSealed),
         ];
-        for (place, sealed, upper, sites, want) in cases {
-            assert_eq!(judge(place, sealed, &upper, sites).0, want, "{place:?} {upper:?} {sites}");
+        for (place, here, sealed, upper, sites, want) in cases {
+            assert_eq!(
+                judge(place, here, sealed, upper, sites).0,
+                want,
+                "{place:?} {here:?} {upper:?} {sites}"
+            );
         }
     }
 }

@@ -39,6 +39,8 @@ pub enum Verdict {
     NotSealed,
     /// The raw root's own file: views share its anchor, readers of the raw root do not.
     RawCopy,
+    /// It was sealed and is not there any more.
+    Removed,
     /// No regular file: nothing to share.
     NotAFile,
 }

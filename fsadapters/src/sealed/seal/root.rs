@@ -97,8 +97,9 @@ pub(crate) struct OpenRoot {
     /// Its row when it was sealed before.
     pub row: Option<RootRow>,
     pub previous: Option<Previous>,
-    /// What its view is made of is damaged and can't be made again as it was: unchanged or not, it is sealed anew.
-    pub damaged: bool,
+    /// Unchanged or not, it gets a new generation: what its view is made of is damaged and can't be made again as it was, or its upper was
+    /// just committed, and goes with the old one.
+    pub anew: bool,
     pub wanted_name: Option<String>,
     pub name: String,
     /// (device, inode) of the store.
@@ -259,8 +260,8 @@ impl<'a> Known<'a> {
         let stat =
             rustix::fs::fstat(&fd).map_err(|e| RootError::Io { op: "stat the root", source: e.into() })?;
         self.check_fs(&fd)?;
-        let mut damaged = false;
-        let previous = row.as_ref().map_or(Ok(None), |row| self.sealed_before(row, &mut damaged))?;
+        let mut anew = false;
+        let previous = row.as_ref().map_or(Ok(None), |row| self.sealed_before(row, &mut anew))?;
         Ok(OpenRoot {
             index,
             path: path.to_owned(),
@@ -268,7 +269,7 @@ impl<'a> Known<'a> {
             inode: (stat.st_dev, stat.st_ino),
             row,
             previous,
-            damaged,
+            anew,
             wanted_name: None,
             name: String::new(),
             store_inode: Some(self.store_inode),
@@ -292,7 +293,7 @@ impl<'a> Known<'a> {
     }
 
     /// The tree as it was sealed last, when it may be sealed again.
-    fn sealed_before(&self, row: &RootRow, damaged: &mut bool) -> Result<Option<Previous>, RootError> {
+    fn sealed_before(&self, row: &RootRow, anew: &mut bool) -> Result<Option<Previous>, RootError> {
         if row.domain != self.domain.id {
             let domain = self.store.domains()?.into_iter().find(|domain| domain.id == row.domain);
             return Err(RootError::OtherDomain(domain.map_or_else(String::new, |domain| domain.name)));
@@ -300,7 +301,7 @@ impl<'a> Known<'a> {
         // Whatever becomes of this seal: what views wrote needs the image that it was written over.
         for lost in heal(self.store, row, self.domain)? {
             tracing::warn!("image {lost} is damaged and can't be made again");
-            *damaged = true;
+            *anew = true;
         }
         let dir = self.store.root_dir(row.id, row.generation);
         if live::probe(&dir, &self.store.dir().join("tmp"))? == UpperState::Live {
@@ -310,11 +311,14 @@ impl<'a> Known<'a> {
             && let Err(left) = diff::heal(&dir, row.digest)
         {
             tracing::warn!("left as it is: {left}");
-            *damaged = true;
+            *anew = true;
         }
         // Without it nobody can say whether the upper is as it was made.
         let tree = read_manifest(&dir)?;
         if self.committed.contains(&row.id) {
+            // Else an upper that holds nothing new (a directory that was copied up and is as it was) would stay, and the root could
+            // never be sealed or unsealed again.
+            *anew = true;
             return Ok(Previous::new(tree));
         }
         let top = &tree.inode(EntryId(0)).meta;

@@ -115,7 +115,7 @@ fn write(
     let tree = fill(sketch)?;
     check_xattrs(&tree)?;
     let generation = root.row.as_ref().map_or(0, |row| row.generation + 1);
-    let unchanged = !root.damaged && root.previous.as_ref().is_some_and(|previous| *previous.tree() == tree);
+    let unchanged = !root.anew && root.previous.as_ref().is_some_and(|previous| *previous.tree() == tree);
     if unchanged
         && let Some(row) = &root.row
         && row.path == root.path

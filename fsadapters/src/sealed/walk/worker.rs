@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,11 +21,15 @@ use crate::sealed::xattrs::XattrBuffer;
 const FILES_PER_TASK: usize = 256;
 
 const MOUNT: &str = "something is mounted here: a view could not show it. Unmount it before sealing";
-const SUBVOLUME: &str =
-    "a nested btrfs subvolume: a view could not show it as one. Seal it as a root of its own";
+const SUBVOLUME: &str = "a nested btrfs subvolume: a view could not show it as one. Make it a directory (`btrfs subvolume delete`, `mkdir`), or seal a snapshot of the root, in which it is an empty directory";
 const STORE: &str = "the store is inside of this root: choose another place for it (--store DIR)";
 const NO_KINDS: &str = "the file system does not tell kinds of entries in its listings (made with ftype=0)";
 const DEEP: &str = "directories are nested deeper than 2048";
+
+/// Magic of btrfs (`include/uapi/linux/magic.h`).
+const BTRFS: u32 = 0x9123_683e;
+/// `BTRFS_EMPTY_SUBVOL_DIR_OBJECTID` (`include/uapi/linux/btrfs_tree.h`).
+const STUB_INODE: u64 = 2;
 
 pub(super) struct Worker<'a, L: FileLook> {
     shared: &'a Shared<'a, L>,
@@ -47,6 +51,19 @@ struct Opened {
     previous: Option<crate::sealed::tree::EntryId>,
     guess: Option<crate::sealed::tree::EntryId>,
     again: bool,
+    /// Attributes to show instead of its own.
+    shown: Option<Stat>,
+}
+
+/// What a snapshot has in the place of a nested subvolume: an empty directory that btrfs makes up whenever it is looked at. It has the
+/// attributes of a new one, so that each seal would find another; its times are told as its parent's, its change time as none.
+fn shown_of_stub(stat: &Stat, parent: &Stat, root: BorrowedFd<'_>) -> Option<Stat> {
+    let btrfs = || rustix::fs::fstatfs(root).is_ok_and(|fs| fs.f_type as u32 == BTRFS);
+    let is_stub = stat.st_ino == STUB_INODE && parent.st_dev != stat.st_dev && btrfs();
+    let mut shown = *stat;
+    (shown.st_mtime, shown.st_mtime_nsec) = (parent.st_mtime, parent.st_mtime_nsec);
+    (shown.st_ctime, shown.st_ctime_nsec) = (0, 0);
+    is_stub.then_some(shown)
 }
 
 impl<'a, L: FileLook> Worker<'a, L> {
@@ -120,6 +137,7 @@ impl<'a, L: FileLook> Worker<'a, L> {
             previous,
             guess,
             again: false,
+            shown: None,
         })
     }
 
@@ -138,7 +156,8 @@ impl<'a, L: FileLook> Worker<'a, L> {
             return Err(refused(STORE));
         }
         let on = rustix::fs::fstat(&parent.fd).map_err(|e| WalkError::here("stat", e))?;
-        if on.st_dev != stat.st_dev {
+        let shown = shown_of_stub(&stat, &on, parent.fd.as_fd());
+        if on.st_dev != stat.st_dev && shown.is_none() {
             return Err(refused(SUBVOLUME));
         }
         if parent.depth >= DEPTH_MAX {
@@ -157,6 +176,7 @@ impl<'a, L: FileLook> Worker<'a, L> {
             previous,
             guess: self.shared.model.zip(parent.guess).and_then(|(tree, dir)| tree.child(dir, name)),
             again: false,
+            shown,
         })
     }
 
@@ -175,7 +195,8 @@ impl<'a, L: FileLook> Worker<'a, L> {
         }
         let xattrs = self.xattrs.of_open(dir.fd.as_fd());
         let xattrs = xattrs.map_err(|e| WalkError::here("read attributes of", e))?;
-        let inode = Inode { meta: meta(&dir.stat, xattrs), raw: raw_facts(&dir.stat), node: Kind::Dir };
+        let stat = dir.shown.as_ref().unwrap_or(&dir.stat);
+        let inode = Inode { meta: meta(stat, xattrs), raw: raw_facts(stat), node: Kind::Dir };
         let number = self.shared.number();
         let child = Child { name: dir.name.clone(), inode, found: None };
         self.haul.dirs.push((dir.root, number, dir.parent, child));
@@ -250,6 +271,7 @@ impl<'a, L: FileLook> Worker<'a, L> {
             previous: node.previous,
             guess: node.guess,
             again: true,
+            shown: None,
         })
     }
 
