@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use common::view::{ViewRig, done, fails, must};
-use common::{noise, sync};
+use common::{noise, start_written, sync};
 use pagefold_testfs::rig::RigFs;
 use rustix::fs::{IFlags, XattrFlags};
 use rustix::io::Errno;
@@ -39,7 +39,8 @@ fn privileged_empty_capabilities_are_sealed_shown_committed_and_exported() {
             fs::read(view.join("program")).expect("readable"),
             fs::read("/bin/true").expect("readable")
         );
-        let started = |at: &Path| Command::new(at.join("program")).status().map_err(|e| e.raw_os_error());
+        let status = |at: &Path| start_written(|| Command::new(at.join("program")).status());
+        let started = |at: &Path| status(at).map_err(|e| e.raw_os_error());
         assert_eq!(started(&view).is_ok(), started(&root).is_ok(), "{fs:?}");
         fs::write(view.join("other"), "written").expect("room on the rig");
         fs::rename(view.join("other"), view.join("moved")).expect("one view");

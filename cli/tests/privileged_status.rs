@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{PAGE, append, noise, pagefold, reflink, rig, sync};
+use common::{PAGE, append, noise, pagefold, reflink, rig, start_written, sync};
 use pagefold_fsadapters::memcg::{Hierarchy, Memcg};
 use pagefold_testfs::rig::{LoopRig, RigFs};
 use serde_json::Value;
@@ -134,9 +134,9 @@ impl Farm {
     }
 
     fn program(&self, root: &str, name: &str) -> Sleeper {
-        let child =
-            Command::new(self.view(root, name)).arg("60").stdin(Stdio::null()).spawn().expect("starts");
-        let sleeper = Sleeper(child);
+        let mut program = Command::new(self.view(root, name));
+        program.arg("60").stdin(Stdio::null());
+        let sleeper = Sleeper(start_written(|| program.spawn()).expect("starts"));
         // Until it sleeps, it still brings pages in. The kernel tells which call a process is in only while it rests there.
         let call = format!("/proc/{}/syscall", sleeper.0.id());
         let calls = if cfg!(target_arch = "x86_64") { ["230 ", "35 "] } else { ["115 ", "101 "] };

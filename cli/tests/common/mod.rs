@@ -201,6 +201,22 @@ impl Drop for Mounted {
     }
 }
 
+/// Starts a program that this process has written: it can't be executed while a child that another test is just starting has a copy of the
+/// descriptor that it was written by.
+pub fn start_written<T>(mut start: impl FnMut() -> std::io::Result<T>) -> std::io::Result<T> {
+    let started = std::time::Instant::now();
+    loop {
+        match start() {
+            Err(e)
+                if e.kind() == std::io::ErrorKind::ExecutableFileBusy && started.elapsed().as_secs() < 30 =>
+            {
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+            other => return other,
+        }
+    }
+}
+
 /// The binary where any user may run it: the build directory may be closed to others.
 pub fn public_binary(home: &Path) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
@@ -216,7 +232,7 @@ pub fn scan_as(id: u32, binary: &Path, roots: &[&Path], extra: &[&str]) -> Scan 
     let mut command = Command::new(binary);
     command.uid(id).gid(id).current_dir("/").stdin(Stdio::null());
     command.args(["scan", "--format", "json"]).args(extra).args(roots);
-    Scan::of(&command.output().expect("the binary runs as another user"))
+    Scan::of(&start_written(|| command.output()).expect("the binary runs as another user"))
 }
 
 /// Writes `bytes` bytes of noise at `offset` of an existing or new file, leaving holes.
