@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
-use pagefold_fsadapters::store::{OpenMode, ProblemKind, RootRow, SealId, Store, StoreError, Task};
+use pagefold_fsadapters::store::{
+    ImageDigest, OpenMode, ProblemKind, RootRow, SealId, Store, StoreError, Task,
+};
 use pagefold_testfs::rig::RigFs;
 
 use store_common::*;
@@ -48,6 +50,33 @@ fn privileged_what_is_published_is_there_after_a_remount() {
         assert!(fs::remove_file(&path).is_err());
         assert_eq!(fs::metadata(&dir).unwrap().permissions().mode() & 0o7777, 0o700);
     }
+}
+
+/// Clones have one image, and each is sealed by a thread of its own.
+#[test]
+fn privileged_threads_that_write_the_same_image_are_not_in_each_others_way() {
+    const THREADS: usize = 8;
+    let rig = rig(RigFs::Xfs, 400 << 20);
+    let store = open(&store_dir(&rig));
+    let domain = store.ensure_domain("default").unwrap();
+    let build = store.build(&domain);
+    for round in 0..1000u16 {
+        let (digest, bytes) =
+            (ImageDigest([round.to_le_bytes(); 16].concat().try_into().unwrap()), vec![round as u8; 5000]);
+        let together = std::sync::Barrier::new(THREADS);
+        let write = || {
+            together.wait();
+            build.write_image(&digest, &bytes)
+        };
+        std::thread::scope(|scope| {
+            let writers: Vec<_> = (0..THREADS).map(|_| scope.spawn(write)).collect();
+            writers.into_iter().for_each(|w| w.join().unwrap().unwrap_or_else(|e| panic!("{round}: {e}")));
+        });
+        let path = store.image_path(&digest);
+        assert!(fs::read(&path).unwrap() == bytes);
+        assert!(fs::remove_file(&path).is_err(), "{round}: it is immutable");
+    }
+    assert_eq!(fs::read_dir(store.dir().join("tmp")).unwrap().count(), 0);
 }
 
 #[test]

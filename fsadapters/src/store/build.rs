@@ -210,14 +210,22 @@ impl Build<'_> {
         let store = self.store;
         let name = image_name(digest);
         let path = store.dir.join(&name);
-        if std::fs::symlink_metadata(&path).is_ok_and(|m| m.is_file() && m.len() == bytes.len() as u64)
-            && std::fs::read(&path).is_ok_and(|there| there == bytes)
-        {
+        let is_whole = || {
+            std::fs::symlink_metadata(&path).is_ok_and(|m| m.is_file() && m.len() == bytes.len() as u64)
+                && std::fs::read(&path).is_ok_and(|there| there == bytes)
+        };
+        if is_whole() {
             return Ok(());
         }
         let thread = rustix::thread::gettid().as_raw_nonzero();
         let temporary = format!("tmp/{digest}-{thread}");
         let file = write_file(store, &temporary, bytes)?;
+        // Clones have one image, and each may be sealed by another thread: no name can be taken from what one has just made immutable.
+        let _turn = locked(&store.images);
+        if is_whole() {
+            return rustix::fs::unlinkat(&store.fd, &temporary, AtFlags::empty())
+                .map_err(|e| StoreError::io("remove", &store.dir.join(&temporary), e));
+        }
         if place::exists(&store.fd, &name) {
             // Damaged: what replaces it must be whole at any time.
             rustix::fs::fsync(&file).map_err(|e| StoreError::io("sync", &path, e))?;

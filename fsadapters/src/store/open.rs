@@ -45,6 +45,8 @@ pub struct Store {
     pub(super) index: Index,
     /// Anchor numbers at hand.
     pub(super) reservation: Mutex<Reservation>,
+    /// Held by who gives an image its name.
+    pub(super) images: Mutex<()>,
     /// [`super::Build`]s under way.
     pub(super) builds: AtomicUsize,
     _lock: Lock,
@@ -127,6 +129,7 @@ impl Store {
             identity,
             index,
             reservation: Mutex::default(),
+            images: Mutex::default(),
             builds: AtomicUsize::new(0),
             _lock: lock,
         };
