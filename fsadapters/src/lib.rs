@@ -13,6 +13,7 @@ pub mod os;
 pub mod overlay;
 pub mod reader;
 pub mod reflink;
+mod regular;
 pub mod residency;
 pub mod scan;
 pub mod sealed;

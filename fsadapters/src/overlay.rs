@@ -25,6 +25,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 
 use crate::fsid::{self, FsFacts};
 use crate::mountinfo::{self, Mount};
+use crate::regular::Regular;
 use crate::source::InodeId;
 
 mod metacopy;
@@ -195,11 +196,10 @@ impl Below {
 
     fn open_upper(&self, path: &Path) -> Option<OwnedFd> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-        open_quietly(|flags| {
-            let upper = self.upper.as_ref().ok_or(io::ErrorKind::NotFound)?;
-            Ok(rustix::fs::openat2(upper, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?)
-        })
-        .ok()
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let held = rustix::fs::openat2(self.upper.as_ref()?, path, flags, Mode::empty(), resolve).ok()?;
+        let regular = Regular::held(held).ok()??;
+        open_quietly(|flags| Ok(regular.open(flags)?)).ok()
     }
 }
 

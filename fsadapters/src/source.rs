@@ -128,7 +128,7 @@ pub struct Inspection {
 pub struct ReadJob {
     /// Echoed in the outcome.
     pub tag: u64,
-    /// Where the file is.
+    /// Where the file is; no symbolic link on the way to it is followed.
     pub path: PathBuf,
     /// What must be found there; another inode, size or ctime makes the outcome `Moved`.
     pub inode: InodeId,
@@ -258,6 +258,11 @@ pub trait FileSource: Send + Sync {
     /// # Errors
     /// `ENOENT`, `ENOTDIR`, `EACCES`, ...
     fn open_root(&self, path: &Path) -> Result<OpenedDir<Self::Dir>, FsError>;
+
+    /// The path of a root without symbolic links, for [`ReadJob::path`]; `root` itself where that can't be known.
+    fn real_path(&self, root: &Path) -> PathBuf {
+        root.to_owned()
+    }
 
     /// Opens a subdirectory; never follows a symbolic link.
     ///

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 use memmap2::MmapMut;
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, ResolveFlags};
 
 /// `RWF_DONTCACHE` (Linux 6.14): a buffered read that drops the pages which it brought in itself, and only those.
 pub const RWF_DONTCACHE: u32 = 0x80;
@@ -82,7 +82,7 @@ pub enum Event {
 }
 
 enum InFlight {
-    Open { token: u64, path: CString },
+    Open { token: u64, path: CString, _how: Box<types::OpenHow> },
     Read { token: u64, buffer: Buffer, _file: Arc<OwnedFd> },
 }
 
@@ -116,7 +116,7 @@ impl Ring {
             .or_else(|_| IoUring::new(entries))?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        if !probe.is_supported(opcode::OpenAt::CODE) || !probe.is_supported(opcode::Read::CODE) {
+        if !probe.is_supported(opcode::OpenAt2::CODE) || !probe.is_supported(opcode::Read::CODE) {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
         let in_flight = (0..entries).map(|_| None).collect();
@@ -135,15 +135,16 @@ impl Ring {
         self.free.len()
     }
 
-    /// Asks to open `path`; `O_CLOEXEC` is added.
+    /// Asks to open `path` by the rules of `resolve` (`openat2`); `O_CLOEXEC` is added.
     ///
     /// # Panics
     /// Without [`Ring::room`].
-    pub fn open(&mut self, token: u64, path: CString, flags: OFlags) {
+    pub fn open(&mut self, token: u64, path: CString, flags: OFlags, resolve: ResolveFlags) {
         let id = self.free.pop().expect("the caller asked for room");
-        let flags = (flags | OFlags::CLOEXEC).bits() as i32;
-        let entry = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path.as_ptr()).flags(flags).build();
-        self.in_flight[id] = Some(InFlight::Open { token, path });
+        let flags = u64::from((flags | OFlags::CLOEXEC).bits());
+        let how = Box::new(types::OpenHow::new().flags(flags).resolve(resolve.bits()));
+        let entry = opcode::OpenAt2::new(types::Fd(libc::AT_FDCWD), path.as_ptr(), &raw const *how).build();
+        self.in_flight[id] = Some(InFlight::Open { token, path, _how: how });
         self.push(&entry.user_data(id as u64));
     }
 
@@ -167,7 +168,7 @@ impl Ring {
     }
 
     fn push(&mut self, entry: &squeue::Entry) {
-        // SAFETY: what `entry` points at (a path's heap memory, a mapping) has just been moved into `in_flight`, which
+        // SAFETY: what `entry` points at (heap memory of a path and of how to open it, a mapping) has just been moved into `in_flight`, which
         // neither moves that memory nor lets go of it before the completion (see `take`) or the end of the ring (see `drop`).
         let pushed = unsafe { self.ring.submission().push(entry) };
         // The queue has as many entries as there are slots, and each slot is queued at most once.
@@ -209,7 +210,7 @@ impl Ring {
         let code = entry.result();
         let result = if code < 0 { Err(io::Error::from_raw_os_error(-code)) } else { Ok(code) };
         Some(match request {
-            InFlight::Open { token, path } => {
+            InFlight::Open { token, path, .. } => {
                 drop(path);
                 // SAFETY: a completed open returns a new descriptor; its number reaches nobody else.
                 let result = result.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use pagefold_sys::reflink::{DEDUPE_DESTS_MAX, DedupeDest, dedupe};
 use pagefold_sys::uring::{Buffer, Event, ReadRequest, Ring};
 use pagefold_sys::{handle, identity, is_unsupported};
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, ResolveFlags};
 
 fn dir() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
@@ -29,8 +29,8 @@ fn the_ring_opens_reads_and_tells_errors() {
     let path = dir.path().join("f");
     std::fs::write(&path, b"0123456789").unwrap();
     let mut ring = Ring::new(4).expect("this test needs io_uring");
-    ring.open(1, CString::new(path.as_os_str().as_bytes()).unwrap(), OFlags::RDONLY);
-    ring.open(2, CString::new("/nonexistent/f").unwrap(), OFlags::RDONLY);
+    ring.open(1, CString::new(path.as_os_str().as_bytes()).unwrap(), OFlags::RDONLY, ResolveFlags::empty());
+    ring.open(2, CString::new("/nonexistent/f").unwrap(), OFlags::RDONLY, ResolveFlags::empty());
     let mut opened = None;
     for event in wait_for(&mut ring, 2) {
         match event {
@@ -102,7 +102,8 @@ fn a_handle_names_the_inode_and_not_the_path() {
     let here = File::open(dir.path()).unwrap();
     assert_eq!(handle::name_to_handle(here.as_fd(), c"c").unwrap(), c);
     let too_long = [0; 129];
-    let refused = handle::open_by_handle(here.as_fd(), c.kind, &too_long, OFlags::RDONLY);
+    let refused =
+        handle::open_by_handle(here.as_fd(), c.kind, &too_long, OFlags::RDONLY, ResolveFlags::empty());
     assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EINVAL));
 }
 

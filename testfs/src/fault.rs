@@ -186,6 +186,10 @@ impl<S: FileSource> FileSource for Faulty<S> {
         self.inner.page_size()
     }
 
+    fn real_path(&self, root: &Path) -> PathBuf {
+        self.inner.real_path(root)
+    }
+
     fn open_root(&self, path: &Path) -> Result<OpenedDir<Self::Dir>, FsError> {
         let place = hash(0, path.as_os_str());
         self.fail(place, FsOp::OpenRoot)?;

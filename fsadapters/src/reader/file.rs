@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use pagefold_sys::uring::RWF_DONTCACHE;
 use rustc_hash::{FxHashMap, FxHashSet};
-use rustix::fs::{AtFlags, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::guard::CacheGuard;
 use super::hash_page;
 use super::plan::{self, Chunk};
 use crate::overlay::{OverlayFs, RealFile};
+use crate::regular::Regular;
 use crate::source::{FsError, FsOp, InodeId, PageHash, ReadJob, ReadOutcome};
 
 /// How a job ended without hashes.
@@ -46,8 +47,8 @@ impl OpenMode {
     }
 
     pub(super) fn flags(self) -> OFlags {
-        // Never waits (FIFO), never follows: the entry was a regular file when it was scanned.
-        let mut flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+        // Not to wait for whoever holds a lease.
+        let mut flags = OFlags::RDONLY | OFlags::NONBLOCK;
         flags.set(OFlags::DIRECT, self.direct);
         flags.set(OFlags::NOATIME, self.no_atime);
         flags
@@ -58,9 +59,34 @@ impl OpenMode {
         match error.raw_os_error().map(Errno::from_raw_os_error) {
             Some(Errno::PERM) if self.no_atime => Ok(OpenMode { no_atime: false, ..self }),
             Some(Errno::INVAL) if self.direct => Ok(OpenMode { direct: false, ..self }),
-            Some(Errno::LOOP | Errno::NXIO | Errno::NODEV) => Err(Verdict::Moved),
             Some(errno) => Err(Verdict::Failed(FsError::new(FsOp::Open, errno))),
             None => Err(Verdict::Failed(FsError::new(FsOp::Open, io::Error::from(error.kind())))),
+        }
+    }
+}
+
+/// How a job's path is resolved. It was found by walking, so a symbolic link on it was put there since, and leads to wherever
+/// somebody wanted.
+pub(super) const HOLD: (OFlags, ResolveFlags) =
+    (OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC), ResolveFlags::NO_SYMLINKS);
+
+/// What a path that can't be held means.
+pub(super) fn not_held(error: io::Error) -> Verdict {
+    match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::LOOP | Errno::NOTDIR) => Verdict::Moved,
+        _ => Verdict::Failed(FsError::new(FsOp::Open, error)),
+    }
+}
+
+/// Opens what the job's path led to, held by [`HOLD`], for reading.
+pub(super) fn open_held(job: &ReadJob, held: OwnedFd) -> Result<(OwnedFd, OpenMode), Verdict> {
+    let regular = Regular::held(held).map_err(|e| Verdict::Failed(FsError::new(FsOp::Stat, e)))?;
+    let regular = regular.ok_or(Verdict::Moved)?;
+    let mut mode = OpenMode::of(job);
+    loop {
+        match regular.open(mode.flags()) {
+            Ok(fd) => return Ok((fd, mode)),
+            Err(errno) => mode = mode.after(&errno.into())?,
         }
     }
 }

@@ -8,7 +8,7 @@ use pagefold_sys::uring::Buffer;
 use rustix::fs::Mode;
 
 use super::Shared;
-use super::file::{Asked, JobFile, Learnt, OpenMode, Step, Verdict, c_path};
+use super::file::{Asked, HOLD, JobFile, Learnt, OpenMode, Step, Verdict, c_path, not_held, open_held};
 use crate::source::{FsError, FsOp, ReadJob, ReadOutcome};
 
 /// Reads jobs until there are none, or until cancelled.
@@ -98,13 +98,7 @@ fn read_at(file: &JobFile, asked: Asked, buffer: &mut [u8], offset: u64) -> io::
 
 fn open(job: &ReadJob) -> Result<(OwnedFd, OpenMode), Verdict> {
     let path = c_path(job)?;
-    let mut mode = OpenMode::of(job);
-    loop {
-        let flags = mode.flags() | rustix::fs::OFlags::CLOEXEC;
-        match rustix::fs::open(&*path, flags, Mode::empty()) {
-            Ok(fd) => return Ok((fd, mode)),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => mode = mode.after(&errno.into())?,
-        }
-    }
+    let (flags, resolve) = HOLD;
+    let open = || rustix::fs::openat2(rustix::fs::CWD, &*path, flags, Mode::empty(), resolve);
+    open_held(job, rustix::io::retry_on_intr(open).map_err(|e| not_held(e.into()))?)
 }

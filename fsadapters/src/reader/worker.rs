@@ -8,7 +8,7 @@ use std::io;
 
 use pagefold_sys::uring::{Buffer, Event, ReadRequest, Ring};
 
-use super::file::{Asked, JobFile, Learnt, OpenMode, Step, Verdict, c_path};
+use super::file::{Asked, HOLD, JobFile, Learnt, Step, Verdict, c_path, not_held, open_held};
 use super::plan::Chunk;
 use super::{JOBS_PER_GRAB, Shared, plain};
 use crate::source::{FsError, FsOp, ReadJob};
@@ -39,7 +39,7 @@ pub(super) fn run(shared: &Shared<'_>) {
 }
 
 enum Slot {
-    Opening(ReadJob, OpenMode),
+    Opening(ReadJob),
     Reading(JobFile),
 }
 
@@ -132,8 +132,7 @@ impl<'a, 'b> Worker<'a, 'b> {
                 self.exhausted = !self.shared.grab(JOBS_PER_GRAB, &mut self.backlog);
             }
             let Some(job) = self.backlog.pop_front() else { break };
-            let mode = OpenMode::of(&job);
-            self.open(job, mode);
+            self.open(job);
         }
         while self.reads.len() < self.shared.depth as usize && !self.buffers.is_empty() {
             let Some(&id) = self.ready.front() else { break };
@@ -151,13 +150,13 @@ impl<'a, 'b> Worker<'a, 'b> {
         self.ring.pending() > before
     }
 
-    fn open(&mut self, job: ReadJob, mode: OpenMode) {
+    fn open(&mut self, job: ReadJob) {
         match c_path(&job) {
             Err(verdict) => (self.shared.done)(verdict.outcome(job.tag)),
             Ok(path) => {
                 self.opening += 1;
-                let id = self.files.insert(Slot::Opening(job, mode));
-                self.ring.open(id as u64, path, mode.flags());
+                let id = self.files.insert(Slot::Opening(job));
+                self.ring.open(id as u64, path, HOLD.0, HOLD.1);
             }
         }
     }
@@ -185,16 +184,22 @@ impl<'a, 'b> Worker<'a, 'b> {
                 continue;
             };
             self.opening -= 1;
-            let Slot::Opening(job, mode) = self.files.remove(token as usize) else {
+            let Slot::Opening(job) = self.files.remove(token as usize) else {
                 unreachable!("an open's token is that of a file being opened")
             };
-            let fd = match result {
-                Ok(fd) => fd,
-                Err(error) => {
-                    match mode.after(&error) {
-                        Ok(mode) => self.open(job, mode),
-                        Err(verdict) => (self.shared.done)(verdict.outcome(job.tag)),
-                    }
+            // Its inode is in memory now: to open it takes no waiting.
+            let opened = match result {
+                Ok(held) => open_held(&job, held),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                    self.open(job);
+                    continue;
+                }
+                Err(error) => Err(not_held(error)),
+            };
+            let (fd, mode) = match opened {
+                Ok(opened) => opened,
+                Err(verdict) => {
+                    (self.shared.done)(verdict.outcome(job.tag));
                     continue;
                 }
             };
@@ -253,7 +258,7 @@ impl<'a, 'b> Worker<'a, 'b> {
     fn fail_all(mut self, error: &io::Error) {
         for slot in self.files.drain() {
             let job = match slot {
-                Slot::Opening(job, _) => job,
+                Slot::Opening(job) => job,
                 Slot::Reading(file) => file.job,
             };
             let error =

@@ -43,7 +43,8 @@ pub(crate) fn read_content<S: FileSource>(
     let pages: u64 = plans.iter().flat_map(|p| &p.ranges).map(|r| r.1.0).sum();
     Progress::add(&progress.pages_total, pages);
     progress.set_phase(Phase::Content);
-    let reader = Pass { source, collected, options, progress };
+    let roots = collected.dirs.roots().iter().map(|root| source.real_path(root)).collect();
+    let reader = Pass { source, collected, roots, options, progress };
     let mut index = ContentIndex::default();
     let mut others = None;
     let mut unread = Vec::new();
@@ -100,6 +101,8 @@ fn next_holder(
 struct Pass<'a, S> {
     source: &'a S,
     collected: &'a Collected,
+    /// Without symbolic links.
+    roots: Vec<PathBuf>,
     options: ReadOptions,
     progress: &'a Progress,
 }
@@ -171,7 +174,7 @@ impl<S: FileSource> Pass<'_, S> {
 
     fn job(&self, tag: u64, pending: &Pending, resident: bool) -> ReadJob {
         let file = self.collected.file(pending.mapping);
-        let path: PathBuf = self.collected.path(pending.mapping);
+        let path: PathBuf = self.collected.path_from(&self.roots, pending.mapping);
         let map = &self.collected.map;
         let ns = file.ctime_ns;
         ReadJob {

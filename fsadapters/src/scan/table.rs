@@ -64,9 +64,19 @@ impl DirTable {
         names.iter().rev().collect()
     }
 
+    /// The roots as the user gave them.
+    pub fn roots(&self) -> &[PathBuf] {
+        &self.roots
+    }
+
     /// The directory's path with its root as the user gave it.
     pub fn path(&self, dir: DirId) -> PathBuf {
-        let root: &Path = &self.roots[self.root_of(dir).0 as usize];
+        self.path_from(&self.roots, dir)
+    }
+
+    /// The directory's path where its root is the one of `roots`.
+    pub fn path_from(&self, roots: &[PathBuf], dir: DirId) -> PathBuf {
+        let root: &Path = &roots[self.root_of(dir).0 as usize];
         let below = self.relative(dir);
         if below.as_os_str().is_empty() { root.to_path_buf() } else { root.join(below) }
     }

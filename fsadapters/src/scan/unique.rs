@@ -30,8 +30,13 @@ impl Collected {
 
     /// Where `mapping` was found.
     pub fn path(&self, mapping: MappingId) -> PathBuf {
+        self.path_from(self.dirs.roots(), mapping)
+    }
+
+    /// Where `mapping` was found, with `roots` for the roots.
+    pub fn path_from(&self, roots: &[PathBuf], mapping: MappingId) -> PathBuf {
         let file = self.file(mapping);
-        self.dirs.path(file.dir).join(self.files.name(file))
+        self.dirs.path_from(roots, file.dir).join(self.files.name(file))
     }
 }
 

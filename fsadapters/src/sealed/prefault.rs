@@ -234,7 +234,16 @@ fn bring_in(
         return Ok(());
     }
     let (mut reader, mut buffer) = (file, vec![0; BUFFER.min(usize::try_from(size).unwrap_or(BUFFER))]);
-    while !cancel.load(Ordering::Relaxed) && reader.read(&mut buffer)? > 0 {}
+    loop {
+        // What was not read to its end is not told as read.
+        if cancel.load(Ordering::Relaxed) {
+            report.partial = true;
+            return Ok(());
+        }
+        if reader.read(&mut buffer)? == 0 {
+            break;
+        }
+    }
     report.read += 1;
     report.read_bytes += (pages - cached) * page;
     Ok(())

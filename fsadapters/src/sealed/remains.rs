@@ -11,8 +11,11 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+
 use super::assemble::SOURCE;
 use crate::mountinfo::{self, Mount};
+use crate::regular::Regular;
 
 /// Something that depends on pagefold, or is part of it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
@@ -50,12 +53,13 @@ pub enum RemainKind {
 pub fn look(stores: &[PathBuf]) -> Vec<Remain> {
     let mut found = BTreeSet::new();
     let mut candidates: BTreeSet<PathBuf> = stores.iter().cloned().collect();
+    let own = mountinfo::read().unwrap_or_default();
     for (pid, mounts) in namespaces(&mut found) {
         for mount in &mounts {
-            look_at_mount(mount, pid, &mut found, &mut candidates);
+            look_at_mount((mount, &own), pid, &mut found, &mut candidates);
         }
     }
-    for dir in candidates.iter().filter(|dir| is_store(dir)) {
+    for dir in candidates.iter().filter(|dir| is_local(dir, &own) && is_store(dir)) {
         found.insert(Remain {
             kind: RemainKind::Store,
             what: dir.display().to_string(),
@@ -131,20 +135,29 @@ fn pids() -> Vec<u32> {
     dir.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
 }
 
-fn look_at_mount(mount: &Mount, pid: u32, found: &mut BTreeSet<Remain>, stores: &mut BTreeSet<PathBuf>) {
+/// `own`: the mounts of our own namespace, in which all paths are looked up.
+fn look_at_mount(
+    (mount, own): (&Mount, &[Mount]),
+    pid: u32,
+    found: &mut BTreeSet<Remain>,
+    stores: &mut BTreeSet<PathBuf>,
+) {
     let point = mount.mount_point.display();
     let place = format!("{point}{}", in_namespace_of(pid));
     match mount.kind.as_str() {
         "overlay" => {
             let layers = layers(&mount.fs_options);
-            let in_store: Vec<PathBuf> = layers.iter().filter_map(|layer| store_above(layer)).collect();
+            let layers = layers.iter().filter(|layer| is_local(layer, own));
+            let in_store: Vec<PathBuf> = layers.filter_map(|layer| store_above(layer)).collect();
             if mount.source == SOURCE || !in_store.is_empty() {
                 found.insert(remain(RemainKind::View, place, format!("pagefold umount {point}")));
             }
             stores.extend(in_store);
         }
         "erofs" => {
-            if let Some(store) = store_above(&mount.mount_point) {
+            if let Some(store) =
+                Some(&mount.mount_point).filter(|at| is_local(at, own)).and_then(|at| store_above(at))
+            {
                 found.insert(remain(RemainKind::Image, place, format!("umount {point}")));
                 stores.insert(store);
             }
@@ -177,9 +190,37 @@ fn store_above(path: &Path) -> Option<PathBuf> {
     path.ancestors().find(|dir| is_store(dir)).map(Path::to_path_buf)
 }
 
+/// Where anybody mounts a layer of an overlay, in whatever namespace, we look for a store: it may be a place of theirs, with a pipe or
+/// an endless device for `FORMAT`. Symbolic links are in the path of no store.
 fn is_store(dir: &Path) -> bool {
-    let text = std::fs::read(dir.join("FORMAT")).unwrap_or_default();
-    text.starts_with(b"pagefold store") || dir.join("index.redb").exists() && dir.join("anchors").is_dir()
+    let held = |name: &str, flags: OFlags| {
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        rustix::fs::openat2(CWD, dir.join(name), OFlags::PATH | flags, Mode::empty(), resolve)
+    };
+    let format = held("FORMAT", OFlags::CLOEXEC).ok().and_then(|fd| Regular::held(fd).ok()?);
+    let says_so =
+        format.and_then(|file| file.open(OFlags::RDONLY | OFlags::NONBLOCK).ok()).is_some_and(|file| {
+            let mut text = [0; MAGIC.len()];
+            rustix::io::pread(&file, &mut text, 0).is_ok_and(|read| text[..read] == *MAGIC)
+        });
+    says_so
+        || held("index.redb", OFlags::CLOEXEC).is_ok()
+            && held("anchors", OFlags::CLOEXEC | OFlags::DIRECTORY).is_ok()
+}
+
+/// What `FORMAT` begins with.
+const MAGIC: &[u8] = b"pagefold store";
+
+/// Whether a path lies on a file system that answers by itself: no store can be elsewhere, and somebody's server may answer never.
+fn is_local(path: &Path, mounts: &[Mount]) -> bool {
+    let above = mounts.iter().enumerate().filter(|(_, m)| path.starts_with(&m.mount_point));
+    let holder = above.max_by_key(|(index, m)| (m.mount_point.components().count(), *index));
+    holder.is_none_or(|(_, mount)| {
+        let kind = mount.kind.as_str();
+        !kind.starts_with("fuse")
+            && !kind.starts_with("nfs")
+            && !["autofs", "cifs", "smb3", "9p", "ceph"].contains(&kind)
+    })
 }
 
 fn look_at_fstab(path: &Path, found: &mut BTreeSet<Remain>) {
@@ -282,10 +323,42 @@ mod tests {
         assert_eq!(found.len(), 3, "{found:?}");
     }
 
+    /// Anybody may mount an overlay in a namespace of their own, with a layer that looks like the start of a store.
+    #[test]
+    fn what_stands_in_for_a_store_holds_nobody_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        for name in ["pipe", "endless", "link"] {
+            std::fs::create_dir(dir.join(name)).unwrap();
+        }
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(CWD, dir.join("pipe/FORMAT"), fifo, Mode::RUSR, 0).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", dir.join("endless/FORMAT")).unwrap();
+        std::fs::write(dir.join("text"), "pagefold store\n").unwrap();
+        std::os::unix::fs::symlink(dir.join("text"), dir.join("link/FORMAT")).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        let at = dir.clone();
+        std::thread::spawn(move || {
+            let _ = tell.send(["pipe", "endless", "link"].map(|name| is_store(&at.join(name))));
+        });
+        let told = told.recv_timeout(std::time::Duration::from_secs(20));
+        assert_eq!(told.expect("it hangs"), [false; 3]);
+    }
+
+    #[test]
+    fn nothing_is_looked_for_where_a_server_may_not_answer() {
+        let text = b"1 0 8:1 / / rw - ext4 /dev/a rw\n\
+            2 1 0:50 / /home/u/f rw - fuse.x x rw\n\
+            3 1 0:51 / /net rw - autofs x rw\n";
+        let mounts = mountinfo::parse(text);
+        let local = |path: &str| is_local(Path::new(path), &mounts);
+        assert!(local("/home/u/fine") && !local("/home/u/f/.pagefold") && !local("/net/a"));
+    }
+
     #[test]
     fn a_view_is_known_by_its_source_and_by_its_layers() {
         let dir = tempfile::tempdir().unwrap();
-        let store = dir.path().join("elsewhere");
+        let store = dir.path().canonicalize().unwrap().join("elsewhere");
         std::fs::create_dir_all(store.join("anchors/1")).unwrap();
         std::fs::write(store.join("FORMAT"), "pagefold store\nformat 1\n").unwrap();
         let layer = store.join("anchors/1");
@@ -297,7 +370,7 @@ mod tests {
         );
         let (mut found, mut stores) = (BTreeSet::new(), BTreeSet::new());
         for mount in mountinfo::parse(text.as_bytes()) {
-            look_at_mount(&mount, 1, &mut found, &mut stores);
+            look_at_mount((&mount, &[]), 1, &mut found, &mut stores);
         }
         let views: Vec<&str> = found.iter().map(|r| r.what.split(' ').next().unwrap()).collect();
         assert_eq!(views, ["/a", "/b"]);

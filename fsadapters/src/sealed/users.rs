@@ -6,8 +6,8 @@
 //! and other namespaces' paths don't matter; a file has no `..`, so it is known by its path, or else by its inode number.
 //!
 //! Invariant: one pass over `/proc` for any number of trees, work bounded by what processes hold. What it deliberately does not do:
-//! prove that nobody will come: a snapshot. Not seen: a file under another namespace's own bind mount, created after the seal;
-//! a mapping that may become writable but is not.
+//! prove that nobody will come: a snapshot; ask a file system that may not answer. Not seen: a file under another namespace's own bind
+//! mount, created after the seal; a mapping that may become writable but is not.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -15,7 +15,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, StatxFlags};
 
 use super::refuse::DEPTH_MAX;
 
@@ -166,16 +166,16 @@ impl<'a> Search<'a> {
         let mut at = rustix::fs::openat(process, link, flags, Mode::empty()).ok()?;
         let mut last = (0, 0);
         for _ in 0..DEPTH_MAX {
-            let stat = rustix::fs::fstat(&at).ok()?;
-            let here = (stat.st_dev, stat.st_ino);
+            let stat = Known::of(&at, c"")?;
+            let here = (stat.dev, stat.ino);
             if let Some(tree) = self.roots.get(&here) {
                 return Some(*tree);
             }
-            if let Some(tree) = self.trees.iter().position(|t| t.whole_device && t.dev == stat.st_dev) {
+            if let Some(tree) = self.trees.iter().position(|t| t.whole_device && t.dev == stat.dev) {
                 return Some(tree);
             }
             // The top of a mount is its own parent here: a directory mounted into a raw root is not the raw root.
-            if here == last || !self.devices_may_lie_above(stat.st_dev) {
+            if here == last || !self.devices_may_lie_above(stat.dev) {
                 return None;
             }
             last = here;
@@ -199,13 +199,12 @@ impl<'a> Search<'a> {
                 continue;
             }
             // Through the link: what it is open on, not the link.
-            let Ok(stat) = rustix::fs::statat(&fds, name, AtFlags::empty()) else { continue };
-            if !self.devices.contains(&stat.st_dev) {
+            let Some(stat) = Known::of(&fds, name) else { continue };
+            if !self.devices.contains(&stat.dev) {
                 continue;
             }
-            let whole = self.trees.iter().position(|t| t.whole_device && t.dev == stat.st_dev);
-            let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-            if whole.is_none() && !(regular && is_writable(process, name)) {
+            let whole = self.trees.iter().position(|t| t.whole_device && t.dev == stat.dev);
+            if whole.is_none() && !(stat.regular && is_writable(process, name)) {
                 continue;
             }
             let path = rustix::fs::readlinkat(&fds, name, Vec::new()).unwrap_or_default();
@@ -226,8 +225,9 @@ impl<'a> Search<'a> {
             if std::mem::replace(&mut last, map.path) == map.path {
                 continue;
             }
-            // `maps` shows the device of the file system, which on btrfs is not `st_dev`: asked by name.
-            let stat = if ours { rustix::fs::stat(map.path).ok() } else { None };
+            // `maps` shows the device of the file system, which on btrfs is not `st_dev`; and what is at that path may be something else
+            // by now, which somebody put there. The kernel leads to what is mapped, if we are root.
+            let stat = map.file().and_then(|name| Known::of(process, &name));
             if let Some(tree) = self.tree_of_file(map.path, stat.as_ref(), ours) {
                 self.note(pid, process, tree, Use::Mapped(map.path.into()));
             }
@@ -235,22 +235,43 @@ impl<'a> Search<'a> {
     }
 
     /// By path in our own namespace; in another one a path says nothing, so by inode number.
-    fn tree_of_file(&mut self, path: &Path, stat: Option<&Stat>, ours: bool) -> Option<usize> {
+    fn tree_of_file(&mut self, path: &Path, stat: Option<&Known>, ours: bool) -> Option<usize> {
         if ours {
             let at = |t: &Watched| path.starts_with(&t.path);
             if let Some(found) = self.trees.iter().position(|t| at(t) && !t.whole_device) {
                 // In a view over the root (in place) the path is the same and the device is not.
-                return stat.is_none_or(|s| s.st_dev == self.trees[found].dev).then_some(found);
+                return stat.is_none_or(|s| s.dev == self.trees[found].dev).then_some(found);
             }
         }
         let stat = stat?;
-        (0..self.trees.len())
-            .filter(|&i| self.trees[i].dev == stat.st_dev && !self.trees[i].whole_device)
-            .find(|&i| {
+        (0..self.trees.len()).filter(|&i| self.trees[i].dev == stat.dev && !self.trees[i].whole_device).find(
+            |&i| {
                 let inodes = self.inodes;
                 let set = self.sets.entry(i).or_insert_with(|| inodes(i));
-                set.as_ref().is_some_and(|s| s.contains(&stat.st_ino))
-            })
+                set.as_ref().is_some_and(|s| s.contains(&stat.ino))
+            },
+        )
+    }
+}
+
+/// What is known of an inode without asking whoever serves its file system: a server that is dead, or somebody's own, may never answer.
+struct Known {
+    dev: u64,
+    ino: u64,
+    regular: bool,
+}
+
+impl Known {
+    /// Of what `name` in `dir` leads to, or of `dir` when it is empty.
+    fn of(dir: &OwnedFd, name: impl rustix::path::Arg) -> Option<Known> {
+        let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+        let wanted = StatxFlags::TYPE | StatxFlags::INO;
+        let stat = rustix::fs::statx(dir, name, flags, wanted).ok()?;
+        Some(Known {
+            dev: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+            ino: stat.stx_ino,
+            regular: FileType::from_raw_mode(stat.stx_mode.into()) == FileType::RegularFile,
+        })
     }
 }
 
@@ -269,20 +290,28 @@ fn is_writable(process: &OwnedFd, name: &std::ffi::CStr) -> bool {
 
 /// A shared writable mapping of a file.
 struct Mapping<'a> {
+    range: &'a [u8],
     path: &'a Path,
 }
 
 impl Mapping<'_> {
+    /// Its link below `/proc/PID`: the numbers of the range without leading zeros.
+    fn file(&self) -> Option<String> {
+        let (start, end) = std::str::from_utf8(self.range).ok()?.split_once('-')?;
+        let number = |text: &str| u64::from_str_radix(text, 16).ok();
+        Some(format!("map_files/{:x}-{:x}", number(start)?, number(end)?))
+    }
+
     /// `start-end perms offset device inode      path`
     fn parse(line: &[u8]) -> Option<Mapping<'_>> {
         let mut fields = line.splitn(6, |b| *b == b' ');
-        let _range = fields.next()?;
+        let range = fields.next()?;
         let perms = fields.next()?;
         if perms.get(1) != Some(&b'w') || perms.get(3) != Some(&b's') {
             return None;
         }
         let path = fields.nth(3)?.trim_ascii_start();
-        path.starts_with(b"/").then(|| Mapping { path: Path::new(OsStr::from_bytes(path)) })
+        path.starts_with(b"/").then(|| Mapping { range, path: Path::new(OsStr::from_bytes(path)) })
     }
 }
 

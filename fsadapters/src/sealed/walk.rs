@@ -4,7 +4,7 @@
 //! Invariant: nothing is followed and nothing is crossed. Every name is opened relative to its directory with
 //! `RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS`, so a mount inside of a root, a nested btrfs subvolume or a link swapped in while we walk can't
 //! lead anywhere else; what a view could not show is a [`WalkError`] with its path, and the root has no [`Sketch`]. Pipes, sockets and devices are never opened but with
-//! `O_PATH`. What it deliberately does not do: leave out what it could not read. A view must show all of a root; only
+//! `O_PATH`, also not one that takes a file's name at that moment ([`Regular`]). What it deliberately does not do: leave out what it could not read. A view must show all of a root; only
 //! what vanished is not there.
 //!
 //! A root may be written meanwhile. A directory whose change time moved while its files were looked at is listed and looked at once
@@ -17,6 +17,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
@@ -24,6 +25,7 @@ use rustix::io::Errno;
 use super::refuse::DEPTH_MAX;
 use super::tree::{Inode, Meta, RawFacts, Tree};
 use crate::reflink::ReflinkError;
+use crate::regular::Regular;
 use crate::scan::Progress;
 use crate::scan::queue::TaskStack;
 use crate::store::StoreError;
@@ -274,13 +276,8 @@ const RESOLVE: ResolveFlags = ResolveFlags::NO_XDEV.union(ResolveFlags::NO_SYMLI
 /// Opens `name` in `dir` without crossing or following; without touching its access time where that is allowed.
 pub(crate) fn open_in(dir: BorrowedFd<'_>, name: &OsStr, flags: OFlags) -> Result<OwnedFd, Errno> {
     let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let open = |flags| loop {
-        match rustix::fs::openat2(dir, name, flags, Mode::empty(), RESOLVE) {
-            // EAGAIN: something was renamed or mounted meanwhile and the kernel can't tell whether the rules were kept.
-            Err(Errno::INTR | Errno::AGAIN) => {}
-            other => return other,
-        }
-    };
+    let open =
+        |flags| rustix::io::retry_on_intr(|| rustix::fs::openat2(dir, name, flags, Mode::empty(), RESOLVE));
     if flags.contains(OFlags::PATH) {
         return open(flags);
     }
@@ -289,6 +286,36 @@ pub(crate) fn open_in(dir: BorrowedFd<'_>, name: &OsStr, flags: OFlags) -> Resul
         other => other,
     }
 }
+
+/// Opens a regular file for reading, as [`open_in`] does, with its attributes; `None` for what is something else by now.
+fn open_regular(
+    dir: BorrowedFd<'_>,
+    name: &OsStr,
+    give_up: impl Fn() -> bool,
+) -> Result<Option<(OwnedFd, Stat)>, Errno> {
+    let Some(regular) = Regular::held(open_in(dir, name, OFlags::PATH)?)? else { return Ok(None) };
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+    let open = || match regular.open(flags | OFlags::NOATIME) {
+        Err(Errno::PERM) => regular.open(flags),
+        other => other,
+    };
+    let mut left = LEASE_WAIT;
+    loop {
+        match open() {
+            // Somebody has a lease on it, and was just asked to give it up.
+            Err(Errno::AGAIN) if !left.is_zero() && !give_up() => {
+                std::thread::sleep(LEASE_PAUSE);
+                left = left.saturating_sub(LEASE_PAUSE);
+            }
+            other => return other.map(|fd| Some((fd, regular.stat))),
+        }
+    }
+}
+
+/// How long whoever has a lease on a file is waited for. The kernel takes it away after `/proc/sys/fs/lease-break-time` (45 s): too
+/// long for each of many files.
+const LEASE_WAIT: Duration = Duration::from_secs(1);
+const LEASE_PAUSE: Duration = Duration::from_millis(5);
 
 /// Metadata as a view shows it.
 pub(crate) fn meta(stat: &Stat, xattrs: Vec<super::tree::Xattr>) -> Meta {

@@ -47,9 +47,18 @@ pub fn default_dir(path: &Path) -> Result<PathBuf, StoreError> {
     let with_store = std::iter::once(&own)
         .chain(&shown)
         .map(|m| m.mount_point.join(DEFAULT_NAME))
-        .find(|dir| std::fs::symlink_metadata(dir.join(FORMAT_FILE)).is_ok());
+        .find(|dir| has_format(dir));
     let most = shown.first().unwrap_or(&own).mount_point.join(DEFAULT_NAME);
     Ok(with_store.unwrap_or(most))
+}
+
+/// Whether our own store may be there. The top of a mount may be a user's directory, and what he puts there must not be what is found
+/// before it.
+fn has_format(dir: &Path) -> bool {
+    let mine = |path: &Path| {
+        rustix::fs::lstat(path).is_ok_and(|stat| stat.st_uid == rustix::process::geteuid().as_raw())
+    };
+    mine(dir) && mine(&dir.join(FORMAT_FILE))
 }
 
 /// Whether the mount point leads to that mount, and to a directory: others are hidden by later mounts.

@@ -265,25 +265,9 @@ impl Below {
         Below(dir)
     }
 
-    /// Opens the directory at `path` (no leading slash; empty for the top). Symbolic links and mounts are not crossed. A
-    /// path may be longer than the kernel takes at once.
+    /// [`dir_below`].
     pub fn dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
-        const AT_ONCE: usize = 3 << 10;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-        let open = |at: BorrowedFd<'_>, part: &[u8]| {
-            rustix::io::retry_on_intr(|| rustix::fs::openat2(at, part, flags, Mode::empty(), resolve))
-        };
-        let mut rest = path;
-        let mut at: Option<OwnedFd> = None;
-        while rest.len() > AT_ONCE {
-            let cut = rest[..AT_ONCE].iter().rposition(|b| *b == b'/').ok_or(Errno::NAMETOOLONG)?;
-            let next = open(at.as_ref().map_or(self.0.as_fd(), AsFd::as_fd), &rest[..cut])?;
-            at = Some(next);
-            rest = &rest[cut + 1..];
-        }
-        let last: &[u8] = if rest.is_empty() { b"." } else { rest };
-        Ok(open(at.as_ref().map_or(self.0.as_fd(), AsFd::as_fd), last)?)
+        dir_below(self.0.as_fd(), path)
     }
 
     /// Takes hold of what is at `path`; `None` where it or a directory on the way is missing.
@@ -295,6 +279,27 @@ impl Below {
             Err(e) => Err(e),
         }
     }
+}
+
+/// Opens the directory at `path` below `top` (no leading slash; empty for the top). Symbolic links and mounts are not crossed. A
+/// path may be longer than the kernel takes at once.
+pub fn dir_below(top: BorrowedFd<'_>, path: &[u8]) -> io::Result<OwnedFd> {
+    const AT_ONCE: usize = 3 << 10;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    let open = |at: BorrowedFd<'_>, part: &[u8]| {
+        rustix::io::retry_on_intr(|| rustix::fs::openat2(at, part, flags, Mode::empty(), resolve))
+    };
+    let mut rest = path;
+    let mut at: Option<OwnedFd> = None;
+    while rest.len() > AT_ONCE {
+        let cut = rest[..AT_ONCE].iter().rposition(|b| *b == b'/').ok_or(Errno::NAMETOOLONG)?;
+        let next = open(at.as_ref().map_or(top, AsFd::as_fd), &rest[..cut])?;
+        at = Some(next);
+        rest = &rest[cut + 1..];
+    }
+    let last: &[u8] = if rest.is_empty() { b"." } else { rest };
+    Ok(open(at.as_ref().map_or(top, AsFd::as_fd), last)?)
 }
 
 impl AsFd for Below {

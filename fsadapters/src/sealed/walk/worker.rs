@@ -12,7 +12,7 @@ use rustix::fs::{FileType, OFlags, RawDir, Stat};
 use rustix::io::Errno;
 
 use super::{Child, DEPTH_MAX, FileAt, FileLook, Haul, Listed, Node, Shared, Task, WalkError};
-use super::{below, meta, open_in, raw_facts};
+use super::{below, meta, open_in, open_regular, raw_facts};
 use crate::scan::Progress;
 use crate::sealed::tree::{Inode, Node as Kind};
 use crate::sealed::xattrs::XattrBuffer;
@@ -24,6 +24,7 @@ const MOUNT: &str = "something is mounted here: a view could not show it. Unmoun
 const SUBVOLUME: &str = "a nested btrfs subvolume: a view could not show it as one. Make it a directory (`btrfs subvolume delete`, `mkdir`), or seal a snapshot of the root, in which it is an empty directory";
 const STORE: &str = "the store is inside of this root: choose another place for it (--store DIR)";
 const NO_KINDS: &str = "the file system does not tell kinds of entries in its listings (made with ftype=0)";
+const LEASED: &str = "a process holds a lease on it (F_SETLEASE) and did not give it up: find it in /proc/locks, stop it, or seal later";
 const DEEP: &str = "directories are nested deeper than 2048";
 
 /// Magic of btrfs (`include/uapi/linux/magic.h`).
@@ -285,10 +286,10 @@ impl<'a, L: FileLook> Worker<'a, L> {
         let os_name = OsStr::from_bytes(name);
         let (fd, stat) = match kind {
             FileType::RegularFile => {
-                let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-                let Some(fd) = found(open_in(node.fd.as_fd(), os_name, flags))? else { return Ok(None) };
-                let stat = rustix::fs::fstat(&fd).map_err(|e| WalkError::here("stat", e))?;
-                (fd, stat)
+                let give_up = || self.shared.progress.is_cancelled();
+                let opened = found(open_regular(node.fd.as_fd(), os_name, give_up))?;
+                let Some(opened) = opened.flatten() else { return Ok(None) };
+                opened
             }
             _ => {
                 let Some(fd) = found(open_in(node.fd.as_fd(), os_name, OFlags::PATH))? else {
@@ -305,9 +306,6 @@ impl<'a, L: FileLook> Worker<'a, L> {
                 }
             }
         };
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Ok(None);
-        }
         self.regular(node, name, &fd, &stat).map(Some)
     }
 
@@ -363,11 +361,12 @@ fn refused(why: &'static str) -> WalkError {
 }
 
 /// What was opened, or `None` for what is gone or of another kind by now.
-fn found(opened: Result<OwnedFd, Errno>) -> Result<Option<OwnedFd>, WalkError> {
+fn found<T>(opened: Result<T, Errno>) -> Result<Option<T>, WalkError> {
     match opened {
         Ok(fd) => Ok(Some(fd)),
         Err(Errno::NOENT | Errno::LOOP | Errno::NXIO | Errno::ISDIR) => Ok(None),
         Err(Errno::XDEV) => Err(refused(MOUNT)),
+        Err(Errno::AGAIN) => Err(refused(LEASED)),
         Err(e) => Err(WalkError::here("open", e)),
     }
 }
