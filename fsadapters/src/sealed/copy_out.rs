@@ -6,24 +6,25 @@
 //! Invariant: only the new directory is written. The state of a view that is in use is that of no single moment: each file is
 //! whole, as a copy made by `cp -a` would be. What it deliberately does not do: update an earlier copy.
 
+use std::borrow::Cow;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
 use super::commit::Anchors;
-use super::commit::bytes::Sources;
+use super::commit::bytes::{Bytes, Sources};
 use super::commit::error::{CommitError, at_path, is_fatal};
-use super::commit::inode::{Below, Held, split};
-use super::commit::place::{Keep, build_at};
-use super::commit::state::{self, Children, State, shown_path};
-use super::tree::Tree;
+use super::commit::inode::{Below, Held, Look, split};
+use super::commit::place::{Built, Keep, build_from};
+use super::commit::state::{self, Children, Kind, State, shown_path};
+use super::tree::{Meta, Tree};
 use crate::scan::Progress;
 
-/// Looks at a live view before it is given up: each finds the upper changed under its eyes.
-const LOOKS: u32 = 4;
+/// Looks at a file of a view in use before it is given up: each finds it changed under its eyes.
+const LOOKS: u32 = 16;
 
 /// What is copied out.
 pub struct Subject<'a> {
@@ -67,16 +68,12 @@ pub fn copy_out(subject: &Subject<'_>, dest: &Below, progress: &Progress) -> Res
         return Err(CommitError::Refused("the directory to export to is not empty".into()));
     }
     let children = Children::of(subject.sealed);
-    let mut looks = 0;
-    let state = loop {
-        looks += 1;
-        match state::read(subject.view, subject.upper, subject.index, &children, progress) {
-            Err(CommitError::Io { .. }) if subject.live && looks < LOOKS => {}
-            other => break other?,
-        }
-    };
+    let how = (subject.live, progress);
+    let state = state::read(subject.view, subject.upper, subject.index, &children, how)?;
     let sources = Sources { upper: subject.upper, index: subject.index, anchors: subject.anchors };
-    let mut copier = Copier { state: &state, sources: &sources, dest, done: Copied::default() };
+    let live = subject.live.then_some(subject.view);
+    let mut copier = Copier { state: &state, sources: &sources, live, dest, done: Copied::default() };
+    copier.done.errors.extend(state.missed.iter().map(|(path, why)| (shown_path(path), why.clone())));
     let dirs = state.entries.iter().filter(|shown| state.inodes[shown.inode].kind.is_dir()).count();
     progress.expect_steps(state.entries.len() - 1 + dirs);
     for entry in 1..state.entries.len() {
@@ -104,6 +101,8 @@ pub fn copy_out(subject: &Subject<'_>, dest: &Below, progress: &Progress) -> Res
 struct Copier<'a> {
     state: &'a State,
     sources: &'a Sources<'a>,
+    /// The view, if somebody may write it.
+    live: Option<&'a Below>,
     dest: &'a Below,
     done: Copied,
 }
@@ -133,16 +132,68 @@ impl Copier<'_> {
                 Err(e) => return Err(e.into()),
             }
         }
-        let what = (&shown.meta, &shown.kind);
-        let built = build_at(dir.as_fd(), name, what, self.sources, &Keep::NOTHING);
-        if built.is_err() {
-            let _ = rustix::fs::unlinkat(&dir, name, AtFlags::empty());
-        }
-        let built = built?;
+        let built = self.build(entry, dir.as_fd(), name)?;
         self.done.files += 1;
         self.done.shared_bytes += built.shared_bytes;
         self.done.copied_bytes += built.copied_bytes;
         Ok(())
+    }
+
+    /// Makes what is no directory. Attributes and bytes are of one inode, also where somebody puts another under its name: a program
+    /// that is setuid must not get a stranger's bytes.
+    fn build(&self, entry: usize, dir: BorrowedFd<'_>, name: &[u8]) -> io::Result<Built> {
+        let shown = self.state.inode(entry);
+        let mut what: (Cow<'_, Meta>, Cow<'_, Kind>) =
+            (Cow::Borrowed(&shown.meta), Cow::Borrowed(&shown.kind));
+        let mut above = shown.above;
+        let mut looks = 1;
+        loop {
+            let source = self.source(&what.1, above);
+            let built =
+                source.and_then(|source| build_from(dir, name, (&what.0, &what.1), source, &Keep::NOTHING));
+            if built.is_err() {
+                let _ = rustix::fs::unlinkat(dir, name, AtFlags::empty());
+            }
+            match built {
+                Err(e) if self.live.is_some() && looks < LOOKS && !is_fatal(&e) => {}
+                other => return other,
+            }
+            looks += 1;
+            if let Some((meta, kind, look)) = self.again(&shown.kind)? {
+                (what, above) = ((Cow::Owned(meta), Cow::Owned(kind)), Some(look));
+            }
+        }
+    }
+
+    /// Opens where the bytes are; of a view in use only the inode that was looked at.
+    fn source(&self, kind: &Kind, above: Option<Look>) -> io::Result<Option<OwnedFd>> {
+        let Kind::File { size, bytes } = kind else { return Ok(None) };
+        let file = self.sources.open(bytes, *size)?;
+        if let (Some(_), Some(above), Some(file), Bytes::Upper(_) | Bytes::Index(_)) =
+            (self.live, above, &file, bytes)
+        {
+            let now = Look::of(file)?;
+            if (now.ino, now.ctime) != (above.ino, above.ctime) {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "it changed at every look"));
+            }
+        }
+        Ok(file)
+    }
+
+    /// A file of the upper of a view in use as it is now. `None`: its bytes are not at a path of the upper.
+    fn again(&self, kind: &Kind) -> io::Result<Option<(Meta, Kind, Look)>> {
+        let (Some(view), Kind::File { bytes: Bytes::Upper(path), .. }) = (self.live, kind) else {
+            return Ok(None);
+        };
+        let gone = || io::Error::from(Errno::NOENT);
+        let above = self.sources.upper.held(path)?.ok_or_else(gone)?;
+        let shown = view.held(path)?.ok_or_else(gone)?;
+        let has_data = above.look.is_file() && above.xattr(b"trusted.overlay.metacopy")?.is_none();
+        if !has_data || !state::is_shown_by(&above.look, &shown.look) {
+            return Ok(None);
+        }
+        let kind = Kind::File { size: shown.look.size, bytes: Bytes::Upper(path.clone()) };
+        Ok(Some((shown.meta()?, kind, above.look)))
     }
 
     fn finish_dir(&mut self, entry: usize, path: &[u8]) -> io::Result<()> {

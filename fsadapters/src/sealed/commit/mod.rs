@@ -120,7 +120,7 @@ pub fn apply(
     progress: &Progress,
 ) -> Result<Applied, CommitError> {
     let children = state::Children::of(scene.sealed);
-    let state = state::read(scene.view, scene.upper, scene.index, &children, progress)?;
+    let state = state::read(scene.view, scene.upper, scene.index, &children, (false, progress))?;
     let path = scene.journal;
     let io = |what, e| CommitError::Io { what, path: path.to_owned(), source: e };
     let mut journal = journal::Journal::open(path).map_err(|e| io("open", e))?;

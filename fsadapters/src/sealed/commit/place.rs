@@ -420,13 +420,24 @@ pub fn build_at(
     sources: &Sources<'_>,
     keep: &Keep,
 ) -> io::Result<Built> {
-    let (held, file) = match kind {
-        Kind::File { .. } => make(dir, name, &Node::File { size: 0, data: Data::Empty })?,
-        Kind::Other(node) => make(dir, name, node)?,
-    };
     let source = match kind {
         Kind::File { size, bytes } => sources.open(bytes, *size)?,
         Kind::Other(_) => None,
+    };
+    build_from(dir, name, (meta, kind), source, keep)
+}
+
+/// [`build_at`] with the bytes from `source`, which the caller has opened.
+pub fn build_from(
+    dir: BorrowedFd<'_>,
+    name: &[u8],
+    (meta, kind): (&Meta, &Kind),
+    source: Option<OwnedFd>,
+    keep: &Keep,
+) -> io::Result<Built> {
+    let (held, file) = match kind {
+        Kind::File { .. } => make(dir, name, &Node::File { size: 0, data: Data::Empty })?,
+        Kind::Other(node) => make(dir, name, node)?,
     };
     if let Some(file) = &file {
         let flags = source.as_ref().map(rustix::fs::ioctl_getflags);

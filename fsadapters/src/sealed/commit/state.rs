@@ -17,8 +17,8 @@ use std::path::PathBuf;
 use rustc_hash::FxHashMap;
 
 use super::bytes::Bytes;
-use super::error::{CommitError, at_path};
-use super::inode::{Below, Held, join, names};
+use super::error::{CommitError, at_path, is_fatal};
+use super::inode::{Below, Held, Look, join, names};
 use crate::scan::Progress;
 use crate::sealed::tree::{Data, EntryId, InodeIndex, Meta, Node, Tree};
 
@@ -46,6 +46,8 @@ pub struct ShownInode {
     pub names: Vec<usize>,
     /// The sealed inode, if the view changed nothing of it.
     pub untouched: Option<InodeIndex>,
+    /// The upper's inode, as it was when this was read.
+    pub above: Option<Look>,
 }
 
 /// Kinds of inode.
@@ -92,6 +94,8 @@ pub struct State {
     pub inodes: Vec<ShownInode>,
     /// Entries that were made immutable or append-only in the view.
     pub locked: Vec<usize>,
+    /// Paths of a view in use that changed at every look, and how.
+    pub missed: Vec<(Vec<u8>, String)>,
 }
 
 impl State {
@@ -167,13 +171,14 @@ impl<'a> Children<'a> {
     }
 }
 
-/// Reads the state of a view. `view` is its root, `upper` and `index` what it writes into, `sealed` the tree below.
+/// Reads the state of a view. `view` is its root, `upper` and `index` what it writes into, `sealed` the tree below. Of a view that is in
+/// use (`live`) what changes under our eyes is looked at again, and told in [`State::missed`] if it goes on changing.
 pub fn read(
     view: &Below,
     upper: &Below,
     index: Option<&Below>,
     sealed: &Children<'_>,
-    progress: &Progress,
+    (live, progress): (bool, &Progress),
 ) -> Result<State, CommitError> {
     let index_used = match index {
         Some(index) => !names(index.as_fd()).map_err(|e| at_path("list the index of", b"", e))?.is_empty(),
@@ -181,14 +186,17 @@ pub fn read(
     };
     let index = index.filter(|_| index_used);
     let mut reader =
-        Reader { view, upper, index, sealed, state: State::default(), seen: FxHashMap::default() };
+        Reader { view, upper, index, sealed, live, state: State::default(), seen: FxHashMap::default() };
     let mut dirs = vec![reader.root().map_err(|e| at_path("read", b"", e))?];
     while let Some(dir) = dirs.pop() {
         if progress.is_cancelled() {
             return Err(CommitError::Cancelled);
         }
-        let found = if dir.in_upper { reader.merged(&dir) } else { reader.untouched(&dir) };
-        dirs.append(&mut found.map_err(|e| at_path("read", &dir.path, e))?);
+        match if dir.in_upper { reader.merged(&dir) } else { reader.untouched(&dir) } {
+            Ok(mut found) => dirs.append(&mut found),
+            Err(e) if live && !is_fatal(&e) => reader.state.missed.push((dir.path, e.to_string())),
+            Err(e) => return Err(at_path("read", &dir.path, e)),
+        }
     }
     Ok(reader.state)
 }
@@ -213,6 +221,7 @@ struct Reader<'a> {
     upper: &'a Below,
     index: Option<&'a Below>,
     sealed: &'a Children<'a>,
+    live: bool,
     state: State,
     seen: FxHashMap<Key, usize>,
 }
@@ -220,8 +229,13 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn root(&mut self) -> io::Result<Todo> {
         let held = Held::open(self.view.as_fd(), b".")?.ok_or(io::ErrorKind::NotFound)?;
-        let inode =
-            ShownInode { meta: held.meta()?, kind: Kind::Other(Node::Dir), names: vec![0], untouched: None };
+        let inode = ShownInode {
+            meta: held.meta()?,
+            kind: Kind::Other(Node::Dir),
+            names: vec![0],
+            untouched: None,
+            above: None,
+        };
         self.state.inodes.push(inode);
         self.state.entries.push(Shown { parent: 0, name: Box::default(), inode: 0, in_upper: true });
         Ok(Todo { entry: 0, path: Vec::new(), sealed: Some(EntryId(0)), in_upper: true })
@@ -242,20 +256,49 @@ impl Reader<'_> {
         let (view, upper) = (self.view.dir(&dir.path)?, self.upper.dir(&dir.path)?);
         let mut dirs = Vec::new();
         for name in names(view.as_fd())? {
-            let sealed = dir.sealed.and_then(|d| self.sealed.child(d, &name));
-            match Held::open(upper.as_fd(), &name)? {
-                None => {
-                    let id = sealed.ok_or_else(|| contradiction("a name of neither layer"))?;
-                    self.add_sealed(dir, id, Some(view.as_fd()), &mut dirs)?;
+            let mut looks = 1;
+            while let Err(e) = self.name(dir, (view.as_fd(), upper.as_fd()), &name, &mut dirs) {
+                if !self.live || is_fatal(&e) {
+                    return Err(e);
                 }
-                Some(above) => {
-                    let shown = Held::open(view.as_fd(), &name)?
-                        .ok_or_else(|| contradiction("a name that went while it was read"))?;
-                    self.add_upper(dir, name, &shown, &above, sealed, &mut dirs)?;
+                if looks == LOOKS {
+                    self.state.missed.push((join(&dir.path, &name), e.to_string()));
+                    break;
                 }
+                looks += 1;
             }
         }
         Ok(dirs)
+    }
+
+    /// A name in a directory that the upper has. After an error nothing was added.
+    fn name(
+        &mut self,
+        dir: &Todo,
+        (view, upper): (BorrowedFd<'_>, BorrowedFd<'_>),
+        name: &[u8],
+        dirs: &mut Vec<Todo>,
+    ) -> io::Result<()> {
+        let sealed = dir.sealed.and_then(|d| self.sealed.child(d, name));
+        let above = Held::open(upper, name)?;
+        let above = match above {
+            // Removed since it was listed.
+            Some(above) if self.live && above.special()? == Some(Node::CharDevice(0)) => return Ok(()),
+            None if self.live && Held::open(view, name)?.is_none() => return Ok(()),
+            None => {
+                let id = sealed.ok_or_else(|| contradiction("a name of neither layer"))?;
+                return self.add_sealed(dir, id, Some(view), dirs);
+            }
+            Some(above) => above,
+        };
+        let shown = match Held::open(view, name)? {
+            None if self.live => return Ok(()),
+            shown => shown.ok_or_else(|| contradiction("a name that went while it was read"))?,
+        };
+        if self.live && !is_shown_by(&above.look, &shown.look) {
+            return Err(contradiction("another file at every look"));
+        }
+        self.add_upper(dir, name.into(), &shown, &above, sealed, dirs)
     }
 
     /// A name that the upper does not have.
@@ -285,7 +328,7 @@ impl Reader<'_> {
                 let shown =
                     Held::open(at, &name)?.ok_or_else(|| contradiction("a sealed name that is not there"))?;
                 let kind = self.kind(&shown, &above, Some(id), Bytes::Index(indexed))?;
-                return self.add(dir, name, &shown, kind);
+                return self.add(dir, name, (&shown, &above), kind);
             }
         }
         let entry = self.state.entries.len();
@@ -299,6 +342,7 @@ impl Reader<'_> {
                 // A renamed directory may show one sealed directory at another place: no inode of it is the same then,
                 // but that is told by paths, not here.
                 untouched: Some(index),
+                above: None,
             });
         }
         self.state.inodes[slot].names.push(entry);
@@ -330,20 +374,22 @@ impl Reader<'_> {
             None => sealed,
         };
         let path = join(&dir.path, &name);
-        if above.xattr(b"trusted.overlay.protattr")?.is_some() {
-            self.state.locked.push(self.state.entries.len());
-        }
+        let (entry, locked) = (self.state.entries.len(), above.xattr(b"trusted.overlay.protattr")?.is_some());
         if !shown.look.is_dir() {
             let kind = self.kind(shown, above, from, Bytes::Upper(path))?;
-            return self.add(dir, name, shown, kind);
+            self.add(dir, name, (shown, above), kind)?;
+            self.state.locked.extend(locked.then_some(entry));
+            return Ok(());
         }
         let opaque = above.xattr(b"trusted.overlay.opaque")?.is_some_and(|v| &*v == b"y");
         let from = from.filter(|id| !opaque && self.sealed.is_dir(*id));
         if redirect.is_some() && !opaque && from.is_none() {
             return Err(contradiction("a renamed directory whose origin is not in the sealed tree"));
         }
-        dirs.push(Todo { entry: self.state.entries.len(), path, sealed: from, in_upper: true });
-        self.add(dir, name, shown, Kind::Other(Node::Dir))
+        self.add(dir, name, (shown, above), Kind::Other(Node::Dir))?;
+        self.state.locked.extend(locked.then_some(entry));
+        dirs.push(Todo { entry, path, sealed: from, in_upper: true });
+        Ok(())
     }
 
     /// Kind and bytes of an inode that the upper or the index has as `above`.
@@ -364,21 +410,42 @@ impl Reader<'_> {
         }
     }
 
-    fn add(&mut self, dir: &Todo, name: Box<[u8]>, shown: &Held, kind: Kind) -> io::Result<()> {
+    fn add(
+        &mut self,
+        dir: &Todo,
+        name: Box<[u8]>,
+        (shown, above): (&Held, &Held),
+        kind: Kind,
+    ) -> io::Result<()> {
         let entry = self.state.entries.len();
         let new = self.state.inodes.len();
+        let key = Key::Shown(shown.look.dev, shown.look.ino);
         let slot = match kind.is_dir() {
             true => new,
-            false => *self.seen.entry(Key::Shown(shown.look.dev, shown.look.ino)).or_insert(new),
+            false => self.seen.get(&key).copied().unwrap_or(new),
         };
         if slot == new {
             let meta = shown.meta()?;
-            self.state.inodes.push(ShownInode { meta, kind, names: Vec::new(), untouched: None });
+            if !kind.is_dir() {
+                self.seen.insert(key, new);
+            }
+            let above = Some(above.look);
+            self.state.inodes.push(ShownInode { meta, kind, names: Vec::new(), untouched: None, above });
         }
         self.state.inodes[slot].names.push(entry);
         self.state.entries.push(Shown { parent: dir.entry, name, inode: slot, in_upper: true });
         Ok(())
     }
+}
+
+/// Looks at a name of a view in use: each finds it changed since the one before.
+const LOOKS: u32 = 16;
+
+/// Whether the view shows, as `shown`, the upper's inode `above`: what overlayfs passes on of it. The numbers of an inode are of two file
+/// systems.
+pub fn is_shown_by(above: &Look, shown: &Look) -> bool {
+    let of = |l: &Look| (l.mode, l.uid, l.gid, l.ctime, l.mtime, l.rdev);
+    of(above) == of(shown) && (above.is_dir() || above.size == shown.size)
 }
 
 /// What the index has of a sealed hard link, if it was ever copied up: the entry's name is the handle of its origin, and

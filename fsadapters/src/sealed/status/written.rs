@@ -33,8 +33,10 @@ pub struct Written {
     pub added_bytes: u64,
     /// Names that were removed (whiteouts).
     pub removed: Vec<PathBuf>,
-    /// Directories that hide what the sealed root has in them.
+    /// Directories that hide what the sealed root has in them, or show what it has elsewhere (renamed ones).
     pub opaque: Vec<PathBuf>,
+    /// Names that show something else than what was sealed there, if anything was: new files, links, pipes, files that were renamed to it.
+    pub replaced: Vec<PathBuf>,
 }
 
 /// What [`read`] found.
@@ -128,7 +130,7 @@ impl Walk<'_> {
         // Through the open directory: its own path may lead elsewhere by now.
         let at = [format!("/proc/self/fd/{}/", dir.as_raw_fd()).as_bytes(), name].concat();
         if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-            if xattr(&at, c"trusted.overlay.opaque")?.is_some() {
+            if xattr(&at, c"trusted.overlay.opaque")?.is_some() || is_renamed(&at)? {
                 self.found.written.opaque.push(to_path(below.clone()));
             }
             self.stack.push(below);
@@ -146,7 +148,11 @@ impl Written {
             self.removed.push(below);
         } else if kind != FileType::RegularFile {
             // Links, pipes and devices have no pages.
+            self.replaced.push(below);
         } else if xattr(at, c"trusted.overlay.metacopy")?.is_some() {
+            if is_renamed(at)? {
+                self.replaced.push(below.clone());
+            }
             self.metadata_only.push(below);
         } else if let Some(origin) = xattr(at, c"trusted.overlay.origin")? {
             self.broken.push((below, bytes));
@@ -154,6 +160,7 @@ impl Written {
         } else {
             self.added += 1;
             self.added_bytes += bytes;
+            self.replaced.push(below);
         }
         Ok(())
     }
@@ -161,6 +168,11 @@ impl Written {
 
 fn to_path(bytes: Vec<u8>) -> PathBuf {
     OsString::from_vec(bytes).into()
+}
+
+/// Whether overlayfs goes elsewhere in the sealed layers for the rest of it.
+fn is_renamed(at: &[u8]) -> io::Result<bool> {
+    Ok(xattr(at, c"trusted.overlay.redirect")?.is_some())
 }
 
 /// The attribute's value, cut off if it is longer than any of overlayfs'.
@@ -187,7 +199,8 @@ pub(super) struct HiddenPaths(HashSet<OsString>);
 impl HiddenPaths {
     pub(super) fn of(written: &Written) -> HiddenPaths {
         let broken = written.broken.iter().map(|(path, _)| path.as_os_str());
-        let rest = written.removed.iter().chain(&written.opaque).map(|path| path.as_os_str());
+        let rest = written.removed.iter().chain(&written.opaque).chain(&written.replaced);
+        let rest = rest.map(|path| path.as_os_str());
         HiddenPaths(broken.chain(rest).map(OsStr::to_owned).collect())
     }
 
