@@ -362,3 +362,25 @@ fn kind(file_type: FileType) -> EntryKind {
         FileType::Unknown => EntryKind::Unknown,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The directory said that it is a file; it was replaced before it was opened.
+    #[test]
+    fn what_took_the_place_of_a_file_is_not_opened() {
+        use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init};
+        let home = tempfile::tempdir().unwrap();
+        let pipe = home.path().join("f");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        let watch = init(CreateFlags::NONBLOCK).unwrap();
+        add_watch(&watch, &pipe, WatchFlags::OPEN).unwrap();
+        let os = Os::new();
+        let dir = os.open_root(home.path()).unwrap().dir;
+        let fs = os.describe(&dir).unwrap();
+        let error = os.inspect(&dir, OsStr::new("f"), &fs, &mut Inspection::default()).unwrap_err();
+        assert_eq!((error.op, error.source.raw_os_error()), (FsOp::Open, Some(Errno::INVAL.raw_os_error())));
+        assert_eq!(rustix::io::read(&watch, &mut [0; 512]), Err(Errno::AGAIN), "it was opened");
+    }
+}

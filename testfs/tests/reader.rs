@@ -56,6 +56,35 @@ fn run(backend: Backend, jobs: Vec<ReadJob>) -> Vec<ReadOutcome> {
     outcomes.into_values().collect()
 }
 
+/// Somebody may put a link where a directory was. It leads anywhere: to a device, of which some do something when they are opened.
+#[test]
+fn no_link_on_the_way_is_followed_and_nothing_but_files_is_opened() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path().canonicalize().unwrap();
+    fs::create_dir(home.join("d")).unwrap();
+    fs::write(home.join("d/f"), [1; 100]).unwrap();
+    let linked = job(&home.join("d/f"), &[(0, 1)], true);
+    fs::rename(home.join("d"), home.join("elsewhere")).unwrap();
+    std::os::unix::fs::symlink(home.join("elsewhere"), home.join("d")).unwrap();
+    let pipe = home.join("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0)
+        .unwrap();
+    let watch = rustix::fs::inotify::init(rustix::fs::inotify::CreateFlags::NONBLOCK).unwrap();
+    for path in [&pipe, &home.join("elsewhere/f")] {
+        rustix::fs::inotify::add_watch(&watch, path, rustix::fs::inotify::WatchFlags::OPEN).unwrap();
+    }
+    for backend in BACKENDS {
+        let outcomes = run(backend, vec![linked.clone(), job(&pipe, &[(0, 1)], true)]);
+        assert!(outcomes.iter().all(|o| matches!(o, ReadOutcome::Moved { .. })), "{outcomes:?}");
+        let mut told = [0; 512];
+        assert_eq!(
+            rustix::io::read(&watch, &mut told),
+            Err(rustix::io::Errno::AGAIN),
+            "opened by {backend:?}"
+        );
+    }
+}
+
 fn hashes(outcome: ReadOutcome) -> Vec<PageHash> {
     match outcome {
         ReadOutcome::Hashed { hashes, .. } => hashes,
