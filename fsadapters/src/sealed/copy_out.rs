@@ -149,8 +149,10 @@ impl Copier<'_> {
         let mut looks = 1;
         loop {
             let source = self.source(&what.1, above);
-            let built =
-                source.and_then(|source| build_from(dir, name, (&what.0, &what.1), source, &Keep::NOTHING));
+            let built = source.and_then(|source| {
+                let source = source.as_ref().map(AsFd::as_fd);
+                build_from(dir, name, (&what.0, &what.1), source, &Keep::NOTHING)
+            });
             if built.is_err() {
                 let _ = rustix::fs::unlinkat(dir, name, AtFlags::empty());
             }

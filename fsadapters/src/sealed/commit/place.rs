@@ -424,7 +424,7 @@ pub fn build_at(
         Kind::File { size, bytes } => sources.open(bytes, *size)?,
         Kind::Other(_) => None,
     };
-    build_from(dir, name, (meta, kind), source, keep)
+    build_from(dir, name, (meta, kind), source.as_ref().map(AsFd::as_fd), keep)
 }
 
 /// [`build_at`] with the bytes from `source`, which the caller has opened.
@@ -432,7 +432,7 @@ pub fn build_from(
     dir: BorrowedFd<'_>,
     name: &[u8],
     (meta, kind): (&Meta, &Kind),
-    source: Option<OwnedFd>,
+    source: Option<BorrowedFd<'_>>,
     keep: &Keep,
 ) -> io::Result<Built> {
     let (held, file) = match kind {
@@ -440,12 +440,12 @@ pub fn build_from(
         Kind::Other(node) => make(dir, name, node)?,
     };
     if let Some(file) = &file {
-        let flags = source.as_ref().map(rustix::fs::ioctl_getflags);
+        let flags = source.map(rustix::fs::ioctl_getflags);
         keep.give(file.as_fd(), flags.is_some_and(|f| f.is_ok_and(|f| f.contains(IFlags::NOCOW))))?;
     }
     let (mut shared_bytes, mut copied_bytes) = (0, 0);
-    if let (Kind::File { size, .. }, Some(file), Some(source)) = (kind, &file, &source) {
-        match fill(source.as_fd(), file.as_fd(), *size)? {
+    if let (Kind::File { size, .. }, Some(file), Some(source)) = (kind, &file, source) {
+        match fill(source, file.as_fd(), *size)? {
             true => shared_bytes = *size,
             false => copied_bytes = *size,
         }
