@@ -179,6 +179,7 @@ fn of_file(
             .map_err(|(path, source)| ExplainError::Io { what: "look at", path, source })?,
         _ => Traced { upper: Upper::Untouched, sealed_at: Some(below.clone()) },
     };
+    let upper = if place == Place::View { linked(&dir.join("upper"), &tree, upper)? } else { upper };
     let sealed = upper.sealed_at.as_ref().and_then(|at| find(&tree, at));
     let here = here(&path, upper.upper, sealed.is_some())?;
     let key = sealed.filter(|_| here != Here::Other).and_then(|id| match &tree.inode(id).node {
@@ -218,6 +219,25 @@ fn of_file(
     })
 }
 
+/// A hard link that was written is written under all its names, though the upper may hold only one.
+fn linked(upper: &Path, tree: &Tree, traced: Traced) -> Result<Traced, ExplainError> {
+    let as_sealed = matches!(traced.upper, Upper::Untouched | Upper::MetadataOnly);
+    let Some(id) = traced.sealed_at.as_ref().filter(|_| as_sealed).and_then(|at| find(tree, at)) else {
+        return Ok(traced);
+    };
+    let inode = tree.entries[id.0 as usize].inode;
+    let names = tree.entries.iter().enumerate().filter(|(_, entry)| entry.inode == inode);
+    for other in names.map(|(index, _)| EntryId(index as u32)).filter(|other| *other != id) {
+        let path = tree.path(other);
+        let there = trace::follow(upper, Path::new(OsStr::from_bytes(&path)))
+            .map_err(|(path, source)| ExplainError::Io { what: "look at", path, source })?;
+        if there.upper == Upper::Data {
+            return Ok(Traced { upper: Upper::Data, ..traced });
+        }
+    }
+    Ok(traced)
+}
+
 /// What is at a path now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Here {
@@ -228,13 +248,13 @@ enum Here {
 
 /// Asks `path` itself. What is not there was removed, or never was: then there is nothing to explain.
 fn here(path: &Path, upper: Upper, sealed: bool) -> Result<Here, ExplainError> {
+    // A directory on the way may be something else since it was found.
+    let is_gone = |e: &io::Error| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
     match std::fs::symlink_metadata(path) {
         Ok(meta) if meta.is_file() => Ok(Here::File),
         Ok(_) => Ok(Here::Other),
-        Err(e) if e.kind() == io::ErrorKind::NotFound && (sealed || upper == Upper::Removed) => {
-            Ok(Here::Removed)
-        }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Err(ExplainError::Missing { path: path.to_owned() }),
+        Err(e) if is_gone(&e) && (sealed || upper == Upper::Removed) => Ok(Here::Removed),
+        Err(e) if is_gone(&e) => Err(ExplainError::Missing { path: path.to_owned() }),
         Err(source) => Err(ExplainError::Io { what: "look at", path: path.to_owned(), source }),
     }
 }

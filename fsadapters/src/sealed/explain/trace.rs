@@ -2,14 +2,19 @@
 //!
 //! A file or directory that was renamed or linked in a view carries its sealed name (`trusted.overlay.redirect`): absolute from the
 //! root, or a name in the same directory. What lies in a renamed directory has no mark of its own, so the way is followed from the
-//! root down. Invariant: nothing is opened. What it deliberately does not do: look at the layers below the upper, or ask whether
+//! root down. Invariant: nothing is opened but directories. What it deliberately does not do: look at the layers below the upper, or ask whether
 //! the sealed root has what is found.
 
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::sealed::commit::inode::Held;
+use crate::sealed::tree::Node;
 
 /// What the upper has at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,70 +39,75 @@ pub(super) struct Traced {
     pub sealed_at: Option<PathBuf>,
 }
 
-/// Follows `below` (a path below the view's root, without links on the way).
+/// Follows `below` (a path below the view's root, without links on the way). Whoever works in the view may put a link anywhere meanwhile:
+/// each name is looked up in its open directory, and none is followed.
 ///
 /// # Errors
 /// With the path in the upper that could not be looked at.
 pub(super) fn follow(upper: &Path, below: &Path) -> Result<Traced, (PathBuf, io::Error)> {
-    let (mut at, mut state) = (upper.to_owned(), Upper::Untouched);
+    let (mut at, mut traced) = (upper.to_owned(), Traced::top());
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     // Below a directory that the upper has not, it has nothing.
-    let (mut sealed, mut in_upper) = (Some(PathBuf::new()), true);
-    for name in below.iter() {
-        sealed = sealed.map(|sealed| sealed.join(name));
+    let mut dir = Some(rustix::fs::open(upper, flags, Mode::empty()).map_err(|e| (at.clone(), e.into()))?);
+    let mut names = below.iter().peekable();
+    while let Some(name) = names.next() {
+        traced.sealed_at = traced.sealed_at.map(|sealed| sealed.join(name));
         at.push(name);
-        if !in_upper {
-            continue;
-        }
-        let failed = |e: rustix::io::Errno| (at.clone(), e.into());
-        let meta = match std::fs::symlink_metadata(&at) {
-            Ok(meta) => meta,
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-                // Below a whiteout nothing shows, below a directory that is in the upper what was sealed.
-                in_upper = false;
-                state = if state == Upper::Removed { state } else { Upper::Untouched };
-                continue;
-            }
-            Err(e) => return Err((at, e)),
+        let held = match &dir {
+            Some(dir) => Held::open(dir.as_fd(), name.as_bytes()).map_err(|e| (at.clone(), e))?,
+            None if traced.upper == Upper::Removed => continue,
+            None => None,
         };
-        if meta.file_type().is_char_device() && meta.rdev() == 0 {
-            (state, in_upper) = (Upper::Removed, false);
+        let Some(held) = held else {
+            (traced.upper, dir) = (Upper::Untouched, None);
             continue;
-        }
-        let redirect = attribute(&at, "trusted.overlay.redirect").map_err(failed)?;
-        let moved = |sealed: Option<PathBuf>| match &redirect {
-            Some(to) => redirected(sealed, to),
-            None => sealed,
         };
-        if meta.is_dir() {
-            let opaque = attribute(&at, "trusted.overlay.opaque").map_err(failed)?.is_some_and(|v| v == b"y");
-            sealed = if opaque { None } else { moved(sealed) };
-            state = if opaque { Upper::Data } else { Upper::MetadataOnly };
-        } else if meta.is_file() && attribute(&at, "trusted.overlay.metacopy").map_err(failed)?.is_some() {
-            sealed = moved(sealed);
-            state = Upper::MetadataOnly;
-        } else {
-            state = Upper::Data;
+        traced.step(&held).map_err(|e| (at.clone(), e))?;
+        dir = match held.look.is_dir() {
+            true => Some(held.open_file(OFlags::RDONLY | OFlags::DIRECTORY).map_err(|e| (at.clone(), e))?),
+            false => None,
+        };
+        if dir.is_none() && names.peek().is_some() {
+            // Below a whiteout or what is no directory nothing shows.
+            traced.upper = Upper::Removed;
         }
     }
-    Ok(Traced { upper: state, sealed_at: sealed })
+    Ok(traced)
+}
+
+impl Traced {
+    fn top() -> Traced {
+        Traced { upper: Upper::Untouched, sealed_at: Some(PathBuf::new()) }
+    }
+
+    /// To what the upper holds under the next name.
+    fn step(&mut self, held: &Held) -> io::Result<()> {
+        if held.special()? == Some(Node::CharDevice(0)) {
+            self.upper = Upper::Removed;
+            return Ok(());
+        }
+        let is_dir = held.look.is_dir();
+        let has_layer_below =
+            is_dir || held.look.is_file() && held.xattr(b"trusted.overlay.metacopy")?.is_some();
+        if !has_layer_below {
+            self.upper = Upper::Data;
+            return Ok(());
+        }
+        let opaque = is_dir && held.xattr(b"trusted.overlay.opaque")?.is_some_and(|value| &*value == b"y");
+        self.upper = if opaque { Upper::Data } else { Upper::MetadataOnly };
+        self.sealed_at = match held.xattr(b"trusted.overlay.redirect")? {
+            _ if opaque => None,
+            Some(to) => redirected(self.sealed_at.take(), &to),
+            None => self.sealed_at.take(),
+        };
+        Ok(())
+    }
 }
 
 fn redirected(sealed: Option<PathBuf>, to: &[u8]) -> Option<PathBuf> {
     match to.strip_prefix(b"/") {
         Some(absolute) => Some(PathBuf::from(OsStr::from_bytes(absolute))),
         None => sealed.map(|path| path.with_file_name(OsStr::from_bytes(to))),
-    }
-}
-
-fn attribute(path: &Path, name: &str) -> Result<Option<Vec<u8>>, rustix::io::Errno> {
-    let mut value = vec![0u8; 64 << 10];
-    match rustix::fs::lgetxattr(path, name, &mut value[..]) {
-        Ok(length) => {
-            value.truncate(length);
-            Ok(Some(value))
-        }
-        Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => Ok(None),
-        Err(e) => Err(e),
     }
 }
 
@@ -119,12 +129,15 @@ mod tests {
         let dir = tempfile::tempdir().expect("temp dir");
         std::fs::create_dir(dir.path().join("d")).expect("mkdir");
         std::fs::write(dir.path().join("d/f"), b"12345").expect("write");
+        std::os::unix::fs::symlink("d", dir.path().join("l")).expect("symlink");
         let cases = [
             ("x/y", Upper::Untouched),
             ("d", Upper::MetadataOnly),
             ("d/f", Upper::Data),
             ("d/g", Upper::Untouched),
             ("d/g/h", Upper::Untouched),
+            ("d/f/g", Upper::Removed),
+            ("l/f", Upper::Removed),
         ];
         for (path, upper) in cases {
             let traced = follow(dir.path(), Path::new(path)).expect("readable");
