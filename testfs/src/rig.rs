@@ -188,9 +188,21 @@ pub fn make_image(fs: RigFs, image: &Path, bytes: u64) -> Result<(), RigError> {
     rustix::fs::ftruncate(&file, bytes).map_err(|e| RigError::io("size", image, e.into()))?;
     drop(file);
     let (program, package, args) = fs.mkfs();
-    let args = args.iter().map(OsStr::new).chain([image.as_os_str()]);
-    tools::run(program, package, args)?;
-    Ok(())
+    let make = || tools::run(program, package, args.iter().map(OsStr::new).chain([image.as_os_str()]));
+    // mkfs.btrfs asks every mounted loop device for its file and gives up when one goes meanwhile.
+    let passes = |made: &Result<Vec<u8>, RigError>| match made {
+        Err(RigError::Program { stderr, .. }) => stderr.contains("cannot check mount status"),
+        _ => false,
+    };
+    let mut made = make();
+    for _ in 0..50 {
+        if !passes(&made) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        made = make();
+    }
+    made.map(drop)
 }
 
 /// Mounts the file system in `image` at `at`; the loop device goes away with the mount. True when the loop device
