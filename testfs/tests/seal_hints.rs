@@ -207,3 +207,38 @@ fn privileged_equal_roots_without_data_are_sealed_in_two_domains() {
         assert_sealed(&store, root);
     }
 }
+
+/// Roots that were pulled apart, the first of them sealed before anybody thought of `--content`.
+#[test]
+fn privileged_anchors_that_were_made_without_content_are_found_by_it() {
+    for fs in BOTH {
+        let rig = rig(fs);
+        let (a, b, c) = (rig.path().join("a"), rig.path().join("b"), rig.path().join("c"));
+        std::fs::create_dir(&a).expect("a root");
+        for n in 0..30u8 {
+            // Sizes that many files have: only one of each size has the bytes.
+            std::fs::write(a.join(n.to_string()), vec![n; 10_000 + usize::from(n % 3) * 5000])
+                .expect("a file");
+        }
+        let copy = |to: &Path| {
+            let copied = Command::new("cp").args(["-a", "--reflink=never"]).arg(&a).arg(to).status();
+            assert!(copied.expect("cp").success());
+        };
+        [&b, &c].into_iter().for_each(|to| copy(to));
+        std::fs::write(b.join("3"), vec![77; 10_000]).expect("a file of its own");
+        assert!(Command::new("sync").status().expect("sync").success());
+        let store = open(&rig);
+        seal_all(&store, std::slice::from_ref(&a));
+        for (root, own) in [(&b, 1), (&c, 0)] {
+            let config = SealConfig { content: true, ..SealConfig::new(vec![root.clone()]) };
+            let report = seal_with(&store, &config);
+            assert!(report.is_complete(), "{fs:?}: {:#?}", report.errors);
+            assert_eq!(only(&report).counts.made, own, "{fs:?} {}", root.display());
+            assert_sealed(&store, root);
+        }
+        let (of_a, of_b, of_c) = (anchors(&store, &a), anchors(&store, &b), anchors(&store, &c));
+        assert_eq!(of_a, of_c, "{fs:?}");
+        let differ: Vec<_> = of_a.iter().filter(|(path, key)| of_b.get(*path) != Some(*key)).collect();
+        assert!(matches!(differ[..], [(path, _)] if path == Path::new("3")), "{fs:?}: {differ:?}");
+    }
+}

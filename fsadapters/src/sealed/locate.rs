@@ -30,6 +30,7 @@ mod borrow;
 mod guess;
 mod make;
 mod refresh;
+mod unread;
 
 pub(crate) use borrow::Borrow;
 use guess::Guessed;
@@ -112,6 +113,7 @@ pub(crate) struct Locator<'a> {
     keep: AtomicIsize,
     places: Map<(u64, Signature), Slot>,
     contents: Map<(u64, ContentHash), Slot>,
+    unread: unread::Unread,
     small: Map<AnchorKey, Arc<[u8]>>,
     /// How many more of them.
     keep_small: AtomicIsize,
@@ -165,6 +167,7 @@ impl<'a> Locator<'a> {
             keep: AtomicIsize::new(keep_open()),
             places: Map::default(),
             contents: Map::default(),
+            unread: unread::Unread::default(),
             small: Map::default(),
             keep_small: AtomicIsize::new(SMALL_MAX),
             whole: Map::default(),
@@ -394,7 +397,10 @@ impl<'a> Locator<'a> {
     ) -> Result<Option<(Stat, Located)>, WalkError> {
         let size = reading.layout.size;
         let known = self.lookup.by_content(self.domain, size, &hash)?;
-        let slot = self.slot(&self.contents, &(size, hash));
+        let mut slot = self.slot(&self.contents, &(size, hash));
+        if known.is_none() && slot.is_none() && self.learn(size, &hash)? {
+            slot = self.slot(&self.contents, &(size, hash));
+        }
         for key in [known, slot].into_iter().flatten() {
             let same = match self.compare(fd, key, size, place.is_some(), room) {
                 Ok(same) => same,
