@@ -191,12 +191,16 @@ fn mounted(root: &RootStatus) -> String {
 }
 
 fn wrote(root: &RootStatus) -> String {
-    if root.broken_files + root.added_files + root.removed == 0 {
-        return "nothing".to_owned();
+    let changed = root.broken_files + root.metadata_only_files;
+    if changed + root.added_files + root.removed == 0 {
+        return match root.other_entries {
+            0 => "nothing".to_owned(),
+            others => format!("{} directories or links", count(others)),
+        };
     }
     format!(
         "{} changed ({}), {} new ({}), {} removed",
-        count(root.broken_files),
+        count(changed),
         bytes(root.broken_bytes),
         count(root.added_files),
         bytes(root.added_bytes),

@@ -353,6 +353,13 @@ fn privileged_status_sees_writes_of_views_and_of_raw_roots() {
     assert_eq!((number(b, "broken_files"), number(b, "broken_bytes")), (1, DATA * PAGE + 4));
     assert_eq!((number(b, "added_files"), number(b, "added_bytes")), (1, 5));
     assert_eq!((number(c, "broken_files"), number(c, "removed")), (0, 1));
+    assert_eq!((number(b, "metadata_only_files"), number(b, "other_entries")), (0, 0));
+    let attributes = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    fs::set_permissions(farm.view("b", "data2"), attributes).expect("changed");
+    fs::create_dir(farm.view("b", "dir")).expect("room on the rig");
+    let b = &farm.status();
+    let b = root(b, "b");
+    assert_eq!((number(b, "metadata_only_files"), number(b, "other_entries")), (1, 1));
     assert_eq!(number(&status["totals"], "is_shared_bytes"), shared - 2 * DATA * PAGE);
     assert_eq!(number(&b["raw_changes"], "changed"), 0);
     assert_eq!(c["raw_changes"]["examples"], serde_json::json!(["sleep"]));

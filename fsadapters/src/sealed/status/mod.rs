@@ -179,9 +179,11 @@ impl Look<'_> {
             pss_file_bytes: 0,
             broken_files: written.broken.len() as u64,
             broken_bytes: written.broken.iter().map(|(_, bytes)| bytes).sum(),
+            metadata_only_files: written.metadata_only.len() as u64,
             added_files: written.added,
             added_bytes: written.added_bytes,
             removed: written.removed.len() as u64,
+            other_entries: written.others,
             raw_changes,
             raw_covered_by,
         };
@@ -347,10 +349,11 @@ fn warnings(root: &Looked) -> Vec<String> {
     if !root.written.is_empty() {
         warnings.push(format!(
             "a snapshot or backup of the raw root of {name} misses what its view wrote ({} files changed, {} added, {} names \
-             removed): take it from the view, or use `pagefold export`",
+             removed, {} directories, links and others touched): take it from the view, or use `pagefold export`",
             root.written.broken.len() + root.written.metadata_only.len(),
             root.written.added,
             root.written.removed.len(),
+            root.written.others,
         ));
     }
     if let Some(changes) = root.status.raw_changes.as_ref().filter(|c| c.changed > 0) {
@@ -368,8 +371,9 @@ fn warnings(root: &Looked) -> Vec<String> {
         ));
     }
     if root.status.target.is_some() && root.mounts.is_empty() {
-        warnings
-            .push(format!("the view of {name} is meant to be mounted and is not: `pagefold mount --all`"));
+        warnings.push(format!(
+            "the view of {name} is meant to be mounted and is not: `pagefold mount --restore`"
+        ));
     }
     warnings
 }

@@ -124,12 +124,16 @@ pub struct RootStatus {
     pub broken_files: u64,
     /// Their sizes.
     pub broken_bytes: u64,
+    /// Files of which the view has changed attributes or name only: their data is shared still.
+    pub metadata_only_files: u64,
     /// Files that the view added.
     pub added_files: u64,
     /// Their sizes.
     pub added_bytes: u64,
     /// Names that the view removed.
     pub removed: u64,
+    /// Directories that the view changed or has changes below, and its links, pipes and devices.
+    pub other_entries: u64,
     /// Changes of the raw root since it was sealed; absent when not looked for or not to be had.
     pub raw_changes: Option<RawChanges>,
     /// What is mounted over the raw root, no view of it: whether the root changed is not known then.
