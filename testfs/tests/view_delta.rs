@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use pagefold_fsadapters::scan::Progress;
 use pagefold_fsadapters::sealed::assemble::{Layers, overlay};
 use pagefold_fsadapters::sealed::delta::delta;
 use pagefold_fsadapters::sealed::tree::{
@@ -142,7 +143,7 @@ fn privileged_a_delta_over_a_base_shows_what_its_own_image_shows() {
             at
         };
         let (whole_at, stacked_at) = (root_dir("whole"), root_dir("stacked"));
-        let digest = diff::write(&stacked_at, &difference, None).unwrap();
+        let digest = diff::write(&stacked_at, &difference, None, &Progress::default()).unwrap();
         let whole = shown(&store, &whole_at, vec![mounted(&new)]);
         let layers = vec![diff::open(&stacked_at, digest).unwrap(), mounted(&base)];
         let stacked = shown(&store, &stacked_at, layers);

@@ -5,9 +5,12 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
+use pagefold_fsadapters::scan::Progress;
 use pagefold_fsadapters::sealed::diff::{self, DIFF, DiffDamage};
 use pagefold_fsadapters::sealed::mount::{MountOptions, discard_writes};
+use pagefold_fsadapters::sealed::seal::{SealConfig, seal};
 use pagefold_fsadapters::sealed::view_error::ViewError;
 use pagefold_fsadapters::store::Task;
 use pagefold_testfs::rig::RigFs;
@@ -236,7 +239,7 @@ fn privileged_a_layer_of_another_root_is_refused() {
     fs::rename(&at, home.at("aside")).unwrap();
     let again = home.at("again");
     fs::create_dir(&again).unwrap();
-    diff::write(&again, &tree, None).unwrap();
+    diff::write(&again, &tree, None, &Progress::default()).unwrap();
     fs::rename(again.join(DIFF), &at).unwrap();
     let error = refused(&mut home);
     assert!(matches!(error, ViewError::ForeignUpper { .. }), "{error:?}");
@@ -274,6 +277,44 @@ fn privileged_anchors_and_the_base_stay_as_long_as_a_layer_needs_them() {
         store.destroy().unwrap();
         assert!(!home.at(".pagefold").exists());
     }
+}
+
+/// Ended while its layer is being made, a root is not sealed: nothing else is tried for it, and nothing of it stays.
+#[test]
+fn privileged_making_a_layer_can_be_interrupted() {
+    let home = Home::new(RigFs::Xfs);
+    fs::create_dir(home.at("a")).unwrap();
+    for number in 0..4000 {
+        fs::write(home.at("a").join(format!("file-{number}")), b"bytes").unwrap();
+    }
+    clone_tree(&home.at("a"), &home.at("b"));
+    for number in 0..900 {
+        fs::set_permissions(home.at("b").join(format!("file-{number}")), fs::Permissions::from_mode(0o4755))
+            .unwrap();
+    }
+    settle(&home.at("a"));
+    let store = home.store();
+    home.seal(&store, &["a"]);
+    let progress = Progress::default();
+    let sealed = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let begun = Instant::now();
+            while progress.steps().0 == 0 && begun.elapsed() < Duration::from_secs(30) {
+                std::hint::spin_loop();
+            }
+            progress.cancel();
+        });
+        seal(&store, &SealConfig::new(vec![home.at("b")]), &progress).unwrap()
+    });
+    let (done, all) = progress.steps();
+    assert!(done < all, "all {all} were made");
+    assert!(sealed.partial && sealed.errors.len() == 1, "{sealed:?}");
+    assert!(sealed.errors[0].error.contains("interrupted"), "{sealed:?}");
+    assert_eq!(store.roots().unwrap().len(), 1);
+    let images = || fs::read_dir(home.at(".pagefold/images")).unwrap().count();
+    assert_eq!((images(), fs::read_dir(home.at(".pagefold/roots")).unwrap().count()), (1, 1));
+    let row = home.seal(&store, &["b"]).remove(0);
+    assert_eq!((images(), entries(&store, &row)), (1, Some(901)));
 }
 
 /// Deeper than a path may be long: made, compared, shown and removed step by step.

@@ -30,6 +30,10 @@ impl Children {
     }
 }
 
+fn name_of(tree: &Tree, id: EntryId) -> &[u8] {
+    &tree.entries[id.0 as usize].name
+}
+
 /// Names of inodes that have several, by inode.
 fn link_groups(tree: &Tree) -> HashMap<InodeIndex, Vec<Vec<u8>>> {
     let mut names = vec![0u32; tree.inodes.len()];
@@ -94,16 +98,15 @@ impl Differ<'_> {
         loop {
             let left = base.get(b).copied();
             let right = (n < new_len).then(|| self.new_children.get(new_dir)[n]);
-            let name_of = |tree: &Tree, id: EntryId| tree.entries[id.0 as usize].name.clone();
             let order = match (left, right) {
                 (None, None) => return,
                 (Some(_), None) => std::cmp::Ordering::Less,
                 (None, Some(_)) => std::cmp::Ordering::Greater,
-                (Some(l), Some(r)) => name_of(self.base, l).cmp(&name_of(self.new, r)),
+                (Some(l), Some(r)) => name_of(self.base, l).cmp(name_of(self.new, r)),
             };
             match (order, left, right) {
                 (std::cmp::Ordering::Less, Some(l), _) => {
-                    self.gone.entry(new_dir).or_default().push(name_of(self.base, l));
+                    self.gone.entry(new_dir).or_default().push(name_of(self.base, l).into());
                     self.want(new_dir);
                     b += 1;
                 }
@@ -132,12 +135,10 @@ impl Differ<'_> {
             // A directory where none was: nothing of the base shows through.
             (_, Node::Dir) => self.want_below(right),
             _ => {
-                let links = |tree: &Tree, groups: &HashMap<InodeIndex, Vec<Vec<u8>>>, id: EntryId| {
-                    groups.get(&tree.entries[id.0 as usize].inode).cloned()
-                };
                 let same = old.meta == new.meta
                     && old.node == new.node
-                    && links(self.base, &self.base_links, left) == links(self.new, &self.new_links, right);
+                    && self.base_links.get(&self.base.entries[left.0 as usize].inode)
+                        == self.new_links.get(&self.new.entries[right.0 as usize].inode);
                 if !same {
                     self.want(right);
                 }

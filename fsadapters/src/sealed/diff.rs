@@ -43,6 +43,7 @@ use rustix::io::Errno;
 use super::tree::{Data, EntryId, Inode, Meta, Node, Tree};
 use super::upper::stored_name;
 use super::view_error::ViewError;
+use crate::scan::{Phase, Progress};
 use crate::store::manifest::{self, BODY_BYTES_MAX, Numbers};
 use crate::store::{ContentHash, RootRow, Store};
 
@@ -102,14 +103,21 @@ pub enum DiffDamage {
 /// [`open`] asks for.
 ///
 /// # Errors
-/// [`DiffError`]; the caller removes what there is ([`PARTS`]).
-pub fn write(root_dir: &Path, tree: &Tree, numbers: Option<&Numbers<'_>>) -> Result<ContentHash, DiffError> {
+/// [`DiffError`], also where `progress` is cancelled; the caller removes what there is ([`PARTS`]).
+pub fn write(
+    root_dir: &Path,
+    tree: &Tree,
+    numbers: Option<&Numbers<'_>>,
+    progress: &Progress,
+) -> Result<ContentHash, DiffError> {
+    progress.set_phase(Phase::Apply);
+    progress.expect_steps(tree.entries.len().saturating_sub(1));
     let failed = |path: PathBuf| move |error: io::Error| DiffError { path, error };
     let list =
         manifest::encode(tree, numbers).map_err(io::Error::other).map_err(failed(root_dir.join(LIST)))?;
     std::fs::write(root_dir.join(LIST), &list).map_err(failed(root_dir.join(LIST)))?;
     crate::store::step("seal.diff.listed");
-    make::make(root_dir, &Plan::of(tree))?;
+    make::make(root_dir, &Plan::of(tree), progress)?;
     crate::store::step("seal.diff.made");
     Ok(ContentHash(*blake3::hash(&list).as_bytes()))
 }

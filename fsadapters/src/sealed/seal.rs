@@ -16,7 +16,7 @@ use super::reading::Readings;
 use super::report::{Counts, Outcome, Phases, RootSeal, SEAL_SCHEMA, SKIPPED_MAX, SealReport};
 use super::walk::{Model, Sketch, WalkRoot, walk};
 use crate::fsid;
-use crate::scan::{Failure, Progress, Skipped};
+use crate::scan::{Failure, Phase, Progress, Skipped};
 use crate::store::{DomainRow, Publication, SealId, Store, StoreError, step};
 
 mod base;
@@ -273,6 +273,7 @@ impl<'a> Session<'a> {
             roots.push(WalkRoot { fd, path: root.path.clone(), previous, avoid: root.store_inode });
             rest.push(root);
         }
+        self.progress.set_phase(Phase::Walk);
         let model = self.base.as_ref().and_then(|base| Model::new(base.tree()));
         let sketches = walk(&roots, model.as_ref(), locator, self.config.threads, self.progress);
         let mut walked = Vec::new();

@@ -43,6 +43,8 @@ pub struct Look {
 const TYPE: u32 = 0o170_000;
 const DIR: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
+/// Capabilities of a program.
+const CAPABILITY: &[u8] = b"security.capability";
 
 impl Look {
     /// Of an open file (also `O_PATH`).
@@ -160,43 +162,22 @@ impl Held {
     }
 
     /// Gives it owner, permissions, attributes and modification time of `meta`; attributes that `meta` lacks go.
-    ///
-    /// The order matters: a change of owner clears setuid and drops `security.capability`, and the modification time comes
-    /// last. Attributes that were inherited from the directory (default ACLs, labels) are in nobody's `meta`.
     pub fn apply(&self, meta: &Meta) -> io::Result<()> {
-        let path = self.path();
-        let owner = (Some(Uid::from_raw(meta.uid)), Some(Gid::from_raw(meta.gid)));
-        rustix::fs::chownat(&self.fd, c"", owner.0, owner.1, AtFlags::EMPTY_PATH)?;
-        let is_link = self.look.mode & TYPE == 0o120_000;
-        for name in list(&path)? {
-            if meta.xattrs.binary_search_by(|(n, _)| (**n).cmp(&name[..])).is_err() {
-                remove_xattr(&path, &name)?;
-            }
-        }
-        if !is_link {
-            rustix::fs::chmod(&*path, Mode::from_raw_mode(meta.mode))?;
-        }
-        for (name, value) in &meta.xattrs {
-            if get_xattr(&path, name)?.as_deref() != Some(value) {
-                rustix::fs::setxattr(&*path, &**name, value, XattrFlags::empty())?;
-            }
-        }
-        // An ACL that was set has changed the group's bits, and is in agreement with the mode in whatever was once a file.
-        if !is_link && Look::of(&self.fd)?.mode & 0o7777 != meta.mode {
-            rustix::fs::chmod(&*path, Mode::from_raw_mode(meta.mode))?;
-        }
-        self.set_mtime(meta.mtime)
+        dress(&Way::Path(self.fd.as_fd(), self.path()), meta)
     }
 
     /// Sets the modification time, leaves the access time alone.
     pub fn set_mtime(&self, mtime: (i64, u32)) -> io::Result<()> {
-        const OMIT: i64 = 0x3fff_fffe;
-        let times = Timestamps {
-            last_access: Timespec { tv_sec: 0, tv_nsec: OMIT as _ },
-            last_modification: Timespec { tv_sec: mtime.0, tv_nsec: mtime.1.into() },
-        };
         // Through the magic link, without SYMLINK_NOFOLLOW: that leads to the inode itself, a symbolic link included.
-        Ok(rustix::fs::utimensat(rustix::fs::CWD, self.path(), &times, AtFlags::empty())?)
+        Ok(rustix::fs::utimensat(rustix::fs::CWD, self.path(), &only_mtime(mtime), AtFlags::empty())?)
+    }
+}
+
+fn only_mtime(mtime: (i64, u32)) -> Timestamps {
+    const OMIT: i64 = 0x3fff_fffe;
+    Timestamps {
+        last_access: Timespec { tv_sec: 0, tv_nsec: OMIT as _ },
+        last_modification: Timespec { tv_sec: mtime.0, tv_nsec: mtime.1.into() },
     }
 }
 
@@ -211,30 +192,143 @@ pub fn proc_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-/// Names of extended attributes.
-fn list(path: &str) -> io::Result<Vec<Box<[u8]>>> {
-    let names = growing(|buffer| rustix::fs::listxattr(path, buffer))?.unwrap_or_default();
-    // `btrfs.*` says how a file is stored and not what it is: no tree has it.
-    let is_told = |name: &&[u8]| !name.is_empty() && !name.starts_with(b"btrfs.");
-    Ok(names.split(|b| *b == 0).filter(is_told).map(Into::into).collect())
+/// [`Held::apply`] to a file or directory that is open, not only `O_PATH`: no path is walked for each call.
+pub fn apply_open(file: BorrowedFd<'_>, meta: &Meta) -> io::Result<()> {
+    dress(&Way::Open(file), meta)
 }
 
-fn get_xattr(path: &str, name: &[u8]) -> io::Result<Option<Box<[u8]>>> {
-    match growing(|buffer| rustix::fs::getxattr(path, name, buffer)) {
-        // Empty or damaged ones, which the kernel reads to nobody: as in `xattrs`.
-        Err(e) if name == b"security.capability" && Errno::from_io_error(&e) == Some(Errno::INVAL) => {
-            Ok(Some(Box::default()))
+/// What calls on an inode go through.
+enum Way<'a> {
+    /// A descriptor that is open for reading or writing.
+    Open(BorrowedFd<'a>),
+    /// An `O_PATH` descriptor and a path that leads to the same.
+    Path(BorrowedFd<'a>, String),
+}
+
+impl Way<'_> {
+    fn look(&self) -> io::Result<Look> {
+        match self {
+            Way::Open(fd) | Way::Path(fd, _) => Look::of(fd),
         }
-        other => Ok(other?.map(Into::into)),
+    }
+
+    fn chown(&self, uid: u32, gid: u32) -> rustix::io::Result<()> {
+        let (Way::Open(fd) | Way::Path(fd, _)) = self;
+        let owner = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+        rustix::fs::chownat(fd, c"", owner.0, owner.1, AtFlags::EMPTY_PATH)
+    }
+
+    fn chmod(&self, mode: u32) -> rustix::io::Result<()> {
+        let mode = Mode::from_raw_mode(mode);
+        match self {
+            Way::Open(fd) => rustix::fs::fchmod(fd, mode),
+            Way::Path(_, path) => rustix::fs::chmod(&**path, mode),
+        }
+    }
+
+    fn list(&self) -> io::Result<Vec<Box<[u8]>>> {
+        match self {
+            Way::Open(fd) => Ok(told(growing(|buffer| rustix::fs::flistxattr(fd, buffer))?)),
+            Way::Path(_, path) => list(path),
+        }
+    }
+
+    fn get(&self, name: &[u8]) -> io::Result<Option<Box<[u8]>>> {
+        match self {
+            Way::Open(fd) => readable(name, growing(|buffer| rustix::fs::fgetxattr(fd, name, buffer))),
+            Way::Path(_, path) => get_xattr(path, name),
+        }
+    }
+
+    fn set(&self, name: &[u8], value: &[u8]) -> rustix::io::Result<()> {
+        match self {
+            Way::Open(fd) => rustix::fs::fsetxattr(fd, name, value, XattrFlags::empty()),
+            Way::Path(_, path) => rustix::fs::setxattr(&**path, name, value, XattrFlags::empty()),
+        }
+    }
+
+    fn remove(&self, name: &[u8]) -> io::Result<()> {
+        let removed = match self {
+            Way::Open(fd) => rustix::fs::fremovexattr(fd, name),
+            Way::Path(_, path) => rustix::fs::removexattr(&**path, name),
+        };
+        match removed {
+            // Labels of a security module can be replaced, not removed.
+            Err(Errno::NODATA) => Ok(()),
+            Err(_) if name.starts_with(b"security.") && name != CAPABILITY => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    fn set_mtime(&self, mtime: (i64, u32)) -> rustix::io::Result<()> {
+        match self {
+            Way::Open(fd) => rustix::fs::futimens(fd, &only_mtime(mtime)),
+            // As in [`Held::set_mtime`].
+            Way::Path(_, path) => {
+                rustix::fs::utimensat(rustix::fs::CWD, &**path, &only_mtime(mtime), AtFlags::empty())
+            }
+        }
     }
 }
 
-fn remove_xattr(path: &str, name: &[u8]) -> io::Result<()> {
-    match rustix::fs::removexattr(path, name) {
-        // Labels of a security module can be replaced, not removed.
-        Err(Errno::NODATA) => Ok(()),
-        Err(_) if name.starts_with(b"security.") && name != b"security.capability" => Ok(()),
-        result => Ok(result?),
+/// Makes the metadata of an inode `meta`; what is so already is left alone, for every change is a transaction of the file system.
+///
+/// The order matters: a change of owner clears setuid and drops `security.capability`, and the modification time comes
+/// last. Attributes that were inherited from the directory (default ACLs, labels) are in nobody's `meta`.
+fn dress(way: &Way<'_>, meta: &Meta) -> io::Result<()> {
+    let mut look = way.look()?;
+    if (look.uid, look.gid) != (meta.uid, meta.gid) {
+        way.chown(meta.uid, meta.gid)?;
+        look = way.look()?;
+    }
+    let is_link = look.mode & TYPE == 0o120_000;
+    let there = way.list()?;
+    for name in &there {
+        if meta.xattrs.binary_search_by(|(n, _)| (**n).cmp(&name[..])).is_err() {
+            way.remove(name)?;
+        }
+    }
+    if !is_link && look.mode & 0o7777 != meta.mode {
+        way.chmod(meta.mode)?;
+    }
+    for (name, value) in &meta.xattrs {
+        let has = there.contains(name) && way.get(name)?.as_deref() == Some(value);
+        if !has {
+            way.set(name, value)?;
+        }
+    }
+    // An ACL that was set has changed the group's bits, and is in agreement with the mode in whatever was once a file.
+    let names = there.iter().chain(meta.xattrs.iter().map(|(name, _)| name));
+    let has_acl = names.into_iter().any(|name| name.starts_with(b"system.posix_acl"));
+    if !is_link && has_acl && way.look()?.mode & 0o7777 != meta.mode {
+        way.chmod(meta.mode)?;
+    }
+    Ok(way.set_mtime(meta.mtime)?)
+}
+
+/// Names of extended attributes.
+fn list(path: &str) -> io::Result<Vec<Box<[u8]>>> {
+    Ok(told(growing(|buffer| rustix::fs::listxattr(path, buffer))?))
+}
+
+fn told(names: Option<Vec<u8>>) -> Vec<Box<[u8]>> {
+    // `btrfs.*` says how a file is stored and not what it is: no tree has it.
+    let is_told = |name: &&[u8]| !name.is_empty() && !name.starts_with(b"btrfs.");
+    names.unwrap_or_default().split(|b| *b == 0).filter(is_told).map(Into::into).collect()
+}
+
+fn get_xattr(path: &str, name: &[u8]) -> io::Result<Option<Box<[u8]>>> {
+    readable(name, growing(|buffer| rustix::fs::getxattr(path, name, buffer)))
+}
+
+/// What reading the attribute `name` gave.
+fn readable(name: &[u8], read: io::Result<Option<Vec<u8>>>) -> io::Result<Option<Box<[u8]>>> {
+    match read {
+        // Empty or damaged ones, which the kernel reads to nobody: as in `xattrs`.
+        Err(e) if name == CAPABILITY && Errno::from_io_error(&e) == Some(Errno::INVAL) => {
+            Ok(Some(Box::default()))
+        }
+        other => Ok(other?.map(Into::into)),
     }
 }
 

@@ -7,17 +7,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::check::{Looker, is_whiteout};
 use super::{DIFF, DIR_FLAGS, DiffError, LINKS, Plan, Visit, stored, walk};
-use crate::sealed::commit::inode::{Held, names};
+use crate::scan::Progress;
+use crate::sealed::commit::inode::{Held, apply_open, names};
 use crate::sealed::commit::place;
 use crate::sealed::tree::{EntryId, Inode, InodeIndex, Node};
 
 /// Makes all of `plan` in `root_dir`.
-pub(super) fn make(root_dir: &Path, plan: &Plan<'_>) -> Result<(), DiffError> {
+pub(super) fn make(root_dir: &Path, plan: &Plan<'_>, progress: &Progress) -> Result<(), DiffError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |error: io::Error| DiffError { path, error }
@@ -25,7 +26,7 @@ pub(super) fn make(root_dir: &Path, plan: &Plan<'_>) -> Result<(), DiffError> {
     let (top_path, links_path) = (root_dir.join(DIFF), root_dir.join(LINKS));
     let top = fresh_dir(&top_path).map_err(failed(&top_path))?;
     let links = fresh_dir(&links_path).map_err(failed(&links_path))?;
-    let mut maker = Maker { plan, links, linked: HashMap::new(), at: None };
+    let mut maker = Maker { plan, links, linked: HashMap::new(), at: None, progress };
     let done = walk(top.as_fd(), plan, &mut maker);
     done.map_err(|error| DiffError { path: top_path.join(maker.path()), error })?;
     maker.drop_links().map_err(failed(&links_path))?;
@@ -44,6 +45,7 @@ struct Maker<'a> {
     linked: HashMap<InodeIndex, String>,
     /// What is being made.
     at: Option<EntryId>,
+    progress: &'a Progress,
 }
 
 impl Maker<'_> {
@@ -74,9 +76,14 @@ impl Maker<'_> {
 impl Visit for Maker<'_> {
     fn inside(&mut self, at: BorrowedFd<'_>, dir: EntryId) -> io::Result<()> {
         for entry in self.plan.children(dir).iter().copied() {
+            if self.progress.is_cancelled() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
             self.at = Some(entry);
+            self.progress.did_step();
             if self.plan.is_dir(entry) {
-                rustix::fs::mkdirat(at, self.plan.name(entry), Mode::RWXU)?;
+                let mode = self.plan.tree.inode(entry).meta.mode;
+                rustix::fs::mkdirat(at, self.plan.name(entry), first_mode(mode) | Mode::RWXU)?;
             } else if self.plan.names(entry) > 1 {
                 self.link(at, entry)?;
             } else {
@@ -92,23 +99,33 @@ impl Visit for Maker<'_> {
     }
 }
 
+/// What a new inode may be made with, so that nothing is left to change: the layer is in the store, which nobody else may enter. What
+/// a change of owner would take away comes after it.
+fn first_mode(mode: u32) -> Mode {
+    Mode::from_raw_mode(mode & 0o777)
+}
+
 /// Makes an inode that is no directory, complete.
 fn make_one(at: BorrowedFd<'_>, name: &[u8], inode: &Inode) -> io::Result<()> {
-    let (held, file) = place::make(at, name, &inode.node)?;
-    if let (Some(file), Node::File { size, .. }) = (file, &inode.node) {
+    let Node::File { size, .. } = &inode.node else {
+        let (held, _) = place::make(at, name, &inode.node)?;
+        return held.apply(&stored(inode));
+    };
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(at, name, flags, first_mode(inode.meta.mode))?;
+    if *size > 0 {
         // Before the rest: it moves the times and clears setuid.
         rustix::fs::ftruncate(&file, *size)?;
     }
-    held.apply(&stored(inode))
+    apply_open(file.as_fd(), &stored(inode))
 }
 
-/// Nothing shows the top directory itself.
+/// Gives the directory `at` its metadata. Nothing shows the top directory itself.
 fn dress_dir(at: BorrowedFd<'_>, dir: EntryId, plan: &Plan<'_>) -> io::Result<()> {
     if dir.0 == 0 {
         return Ok(());
     }
-    let held = Held::open(at, b".")?.ok_or(Errno::NOENT)?;
-    held.apply(&stored(plan.tree.inode(dir)))
+    apply_open(at, &stored(plan.tree.inode(dir)))
 }
 
 /// Puts right what it may; an error at the first thing that must stay.

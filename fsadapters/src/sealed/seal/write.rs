@@ -75,7 +75,10 @@ pub(super) fn write_all(
                 while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let taken = task.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
                     let Some((Walked { root, sketch }, id)) = taken else { continue };
-                    let result = write(&root, sketch, id, place);
+                    let result = match place.locator.progress.is_cancelled() {
+                        true => Err(WalkError::Cancelled.into()),
+                        false => write(&root, sketch, id, place),
+                    };
                     let mut done = done.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                     done.push((root, result));
                 }
@@ -203,11 +206,12 @@ fn metadata(
         Some((base, Difference::Some(layer))) => {
             let serial = |key: &_| place.locator.serial(key);
             let numbers = Numbers { store: place.store.id(), of: &serial };
-            match diff::write(dir, &layer, Some(&numbers)) {
+            match diff::write(dir, &layer, Some(&numbers), place.locator.progress) {
                 Ok(digest) => {
                     let (entries, anchors) = (layer.entries.len() as u64, layer.anchors());
                     return Ok(Metadata::Over(base, DiffRow { digest, entries, anchors }));
                 }
+                Err(_) if place.locator.progress.is_cancelled() => return Err(WalkError::Cancelled.into()),
                 // An image may hold what this file system can't, and needs less room.
                 Err(error) => {
                     tracing::warn!("{}: {error}; the root gets an image of its own", dir.display());
