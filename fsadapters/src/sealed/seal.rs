@@ -117,6 +117,14 @@ pub fn seal(store: &Store, config: &SealConfig, progress: &Progress) -> Result<S
     Ok(SealReport { borrow, ..session.into_report(started) })
 }
 
+/// New anchors that are worth a sync of their own.
+const SYNC_EARLY: usize = 512;
+
+fn made_in(walked: &[Walked]) -> usize {
+    let found = walked.iter().flat_map(|walked| &walked.sketch.found);
+    found.flatten().filter(|located| located.made).count()
+}
+
 struct Session<'a> {
     store: &'a Store,
     config: &'a SealConfig,
@@ -228,7 +236,15 @@ impl<'a> Session<'a> {
             base: self.base.as_ref(),
             split: proved.len() < self.config.threads,
         };
-        let written = write::write_all(proved, place, self.config.threads);
+        let written = std::thread::scope(|scope| {
+            // New anchors are most of what must be on disk before it is published: that need not wait for the images.
+            let early = (made_in(&proved) >= SYNC_EARLY).then(|| scope.spawn(|| self.store.sync()));
+            let written = write::write_all(proved, place, self.config.threads);
+            early.map_or(Ok(()), |sync| {
+                sync.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })?;
+            Ok::<_, StoreError>(written)
+        })?;
         let mut good = Vec::new();
         for (root, result) in written {
             match result {

@@ -104,6 +104,15 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Store {
+    /// Makes all that was written to the store's file system so far durable. Publishing does it anyway and has the less to wait for then.
+    ///
+    /// # Errors
+    /// Something could not be written. The kernel tells that once: who gets it must not publish.
+    pub fn sync(&self) -> Result<(), StoreError> {
+        rustix::io::retry_on_intr(|| rustix::fs::syncfs(&self.fd))
+            .map_err(|e| StoreError::io("sync the file system of", &self.dir, e))
+    }
+
     /// Starts to build in a domain.
     #[must_use]
     pub fn build(&self, domain: &DomainRow) -> Build<'_> {

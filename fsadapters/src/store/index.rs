@@ -139,19 +139,21 @@ pub(super) struct Txn<'a> {
 }
 
 impl Index {
-    /// Makes an index in the empty `file` and commits `identity`.
+    /// Makes an index in the empty `file` with `identity` in it, on disk. It is made in memory: of what the database would sync nine times,
+    /// nobody knows before it has its name.
     pub(super) fn create(
         file: File,
         commits: File,
         store: &Path,
         identity: &Identity,
-    ) -> Result<Index, StoreError> {
+    ) -> Result<(), StoreError> {
         let gate = Gate::closed(file).map_err(|e| StoreError::io("use the index of", store, e))?;
-        gate.open().map_err(|e| StoreError::io("use the index of", store, e))?;
         let db = open_database(&gate, store)?;
         let index = Index { db, store: store.to_owned(), commits };
         index.write(|txn| txn.put(META, IDENTITY, identity))?;
-        Ok(index)
+        // Closing it writes too.
+        drop(index);
+        gate.open().map_err(|e| StoreError::io("write the index of", store, e))
     }
 
     /// Opens the index in `file` if all of it can be believed; `judge` looks at the identity. Nothing is written otherwise.

@@ -457,7 +457,7 @@ fn create_index(dir: &Path, fd: &OwnedFd) -> Result<(), StoreError> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::openat(fd, INDEX_NEW, flags, Mode::RUSR | Mode::WUSR).map_err(io)?;
     let identity = place::identify(dir, fd)?;
-    drop(Index::create(file.into(), open_commits(dir, fd, true)?, dir, &identity)?);
+    Index::create(file.into(), open_commits(dir, fd, true)?, dir, &identity)?;
     step("store.create.index");
     rustix::fs::renameat(fd, INDEX_NEW, fd, INDEX).map_err(io)?;
     rustix::fs::fsync(fd).map_err(io)

@@ -1,4 +1,4 @@
-//! Publication: check, sync, one commit, and the marks of the unpublished go.
+//! Publication: check, sync (while the rows are made), one commit, and the marks of the unpublished go.
 //!
 //! Invariant: the commit names only what is complete on disk and consistent in itself: anchors of this store and domain, images whose
 //! anchors are all known, roots whose images are all known. What it deliberately does not do: look at bytes.
@@ -24,9 +24,6 @@ use super::rows::{AnchorRow, ImageRow, RootRow};
 pub(super) fn publish(build: &Build<'_>, publication: &Publication) -> Result<(), StoreError> {
     let store = build.store;
     check(build, publication)?;
-    rustix::io::retry_on_intr(|| rustix::fs::syncfs(&store.fd))
-        .map_err(|e| StoreError::io("sync the file system of", &store.dir, e))?;
-    step("store.publish.synced");
     // Held over the commit: nobody takes a number from a reservation that this commit ends.
     let mut reservation = locked(&store.reservation);
     let settled = store.builds.load(Ordering::SeqCst) == 1 && build.open.load(Ordering::SeqCst) == 0 && {
@@ -35,15 +32,18 @@ pub(super) fn publish(build: &Build<'_>, publication: &Publication) -> Result<()
         published == finished.len()
     };
     let ended = if settled { std::mem::take(&mut *reservation).rows } else { Vec::new() };
-    build.tried.store(true, Ordering::SeqCst);
-    let result = store.index.write(|txn| {
-        put_anchors(build, txn, publication)?;
-        put_images(build, txn, publication)?;
-        put_roots(build, txn, publication)?;
-        for first in &ended {
-            txn.remove(BUILDING, first)?;
-        }
-        Ok(())
+    let result = std::thread::scope(|scope| {
+        // All that is named is complete. The rows are made meanwhile, for they are nothing before their commit, which waits for this.
+        let sync = scope.spawn(|| store.sync());
+        store.index.write(|txn| {
+            let rows = put_rows(build, txn, publication, &ended);
+            // Told first: the kernel tells it once.
+            sync.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            rows?;
+            step("store.publish.synced");
+            build.tried.store(true, Ordering::SeqCst);
+            Ok(())
+        })
     });
     drop(reservation);
     result?;
@@ -62,6 +62,21 @@ pub(super) fn publish(build: &Build<'_>, publication: &Publication) -> Result<()
         let _ = rustix::fs::unlinkat(&store.fd, &mark, AtFlags::empty());
     }
     step("store.publish.done");
+    Ok(())
+}
+
+fn put_rows(
+    build: &Build<'_>,
+    txn: &Txn<'_>,
+    publication: &Publication,
+    ended: &[u64],
+) -> Result<(), StoreError> {
+    put_anchors(build, txn, publication)?;
+    put_images(build, txn, publication)?;
+    put_roots(build, txn, publication)?;
+    for first in ended {
+        txn.remove(BUILDING, first)?;
+    }
     Ok(())
 }
 
