@@ -22,6 +22,8 @@ pub struct FsFacts {
     pub has_realtime: bool,
     /// An XFS or btrfs whose files can share blocks; an XFS is asked, for it may be made without.
     pub reflink: bool,
+    /// Bytes of an allocation group of an XFS; 0 where that is not known or there are none.
+    pub group_bytes: u64,
     /// The directory is on overlayfs: cache and inode are those of a file below (see [`crate::overlay`]).
     pub overlay: Option<OverlayFs>,
 }
@@ -61,7 +63,8 @@ pub fn describe(dir: BorrowedFd<'_>) -> Result<FsFacts, FsError> {
     // Unreadable geometry: then every file is asked for its device.
     let has_realtime = magic == XFS && geometry.is_none_or(|g| g.rt_blocks > 0);
     let reflink = magic == BTRFS || magic == XFS && geometry.is_none_or(|g| g.reflink);
-    Ok(FsFacts { description, has_realtime, reflink, overlay: None })
+    let group_bytes = geometry.map_or(0, |g| g.group_bytes);
+    Ok(FsFacts { description, has_realtime, reflink, group_bytes, overlay: None })
 }
 
 fn describe_overlay(dir: BorrowedFd<'_>, dev: u64, kind: String) -> FsFacts {
@@ -71,6 +74,7 @@ fn describe_overlay(dir: BorrowedFd<'_>, dev: u64, kind: String) -> FsFacts {
             description: FsDescription { kind, ..below.description.clone() },
             has_realtime: below.has_realtime,
             reflink: below.reflink,
+            group_bytes: below.group_bytes,
             overlay: Some(overlay),
         },
         Err(why_not) => {
@@ -81,7 +85,13 @@ fn describe_overlay(dir: BorrowedFd<'_>, dev: u64, kind: String) -> FsFacts {
                 physical_identity: false,
                 why_not: Some(why_not.to_string()),
             };
-            FsFacts { description, has_realtime: false, reflink: false, overlay: Some(overlay) }
+            FsFacts {
+                description,
+                has_realtime: false,
+                reflink: false,
+                group_bytes: 0,
+                overlay: Some(overlay),
+            }
         }
     }
 }

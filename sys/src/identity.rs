@@ -60,11 +60,14 @@ pub struct XfsGeometry {
     pub rt_blocks: u64,
     /// Files can share blocks (`XFS_FSOP_GEOM_FLAGS_REFLINK`).
     pub reflink: bool,
+    /// Bytes of an allocation group of the data device: addresses in one group are found under one lock.
+    pub group_bytes: u64,
 }
 
 /// The head of `struct xfs_fsop_geom_v1`, which newer versions only extend.
 #[repr(C)]
 struct XfsGeometryV1 {
+    /// Block size, extent size of the real-time device, blocks of an allocation group, number of groups, ...
     geometry: [u32; 8],
     data_blocks: u64,
     rt_blocks: u64,
@@ -103,7 +106,9 @@ pub fn xfs_geometry(fd: BorrowedFd<'_>) -> io::Result<XfsGeometry> {
     // SAFETY: `_IOR` of exactly `XfsGeometryV1`: the kernel writes 112 bytes, all of them plain integers.
     unsafe { ioc::ioctl(fd, XFS_IOC_FSGEOMETRY_V1, &mut answer) }?;
     let reflink = answer.flags & XFS_FSOP_GEOM_FLAGS_REFLINK != 0;
-    Ok(XfsGeometry { uuid: answer.uuid, rt_blocks: answer.rt_blocks, reflink })
+    let [block_bytes, _, group_blocks, ..] = answer.geometry.map(u64::from);
+    let group_bytes = block_bytes * group_blocks;
+    Ok(XfsGeometry { uuid: answer.uuid, rt_blocks: answer.rt_blocks, reflink, group_bytes })
 }
 
 #[repr(C)]

@@ -22,7 +22,7 @@ use rustix::io::Errno;
 
 use crate::fsid::{self, FsFacts};
 use crate::store::Signature;
-use crate::turnstile::Turnstile;
+use crate::turnstile::Turnstiles;
 
 /// Reads maps of files of one file system, from several threads.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ pub(crate) struct Readings {
     relocates: bool,
     page: PageSize,
     /// Before maps of XFS (see [`crate::turnstile`]).
-    maps: Option<Turnstile>,
+    maps: Option<Turnstiles>,
     moments: AtomicU64,
 }
 
@@ -49,7 +49,7 @@ impl Readings {
             has_realtime: facts.has_realtime,
             relocates: facts.description.kind == "btrfs",
             page: page.expect("the kernel's page size is a power of two"),
-            maps: (facts.description.kind == "xfs").then(Turnstile::default),
+            maps: (facts.description.kind == "xfs").then(|| Turnstiles::new(facts.group_bytes)),
             moments: AtomicU64::new(0),
         }
     }
@@ -141,7 +141,8 @@ impl Readings {
         matches!(rustix::fs::seek(file, SeekFrom::Data(size)), Ok(_) | Err(Errno::NXIO))
     }
 
-    /// The synced map, into `room`, and where its addresses are unique.
+    /// The synced map, into `room`, and where its addresses are unique. What `room` holds of another file before says in which allocation
+    /// group this one is likely to be: the same, for files of a directory are.
     fn map(
         &self,
         file: BorrowedFd<'_>,
@@ -149,9 +150,10 @@ impl Readings {
         room: &mut Vec<RawExtent>,
     ) -> io::Result<Option<AddressSpace>> {
         let class = fsid::device_class(file, self.has_realtime).filter(|_| self.physical);
+        let near = room.first().map_or(0, |extent| extent.physical);
         room.clear();
         if class.is_some() {
-            let _turn = self.maps.as_ref().map(Turnstile::pass);
+            let _turn = self.maps.as_ref().map(|maps| maps.pass(near));
             let read = read_extents(file, size, MapSync::Yes, |e| {
                 let flags = ExtentFlags::from_bits_retain(e.flags);
                 room.push(RawExtent { logical: e.logical, physical: e.physical, length: e.length, flags });
