@@ -6,11 +6,12 @@
 mod store_common;
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use pagefold_fsadapters::store::{OpenMode, STEPS, Store, StoreError, Task};
+use pagefold_fsadapters::store::{AnchorRow, Build, OpenMode, Publication, STEPS, Store, StoreError, Task};
 use pagefold_testfs::rig::{LoopRig, RigFs};
 
 use store_common::*;
@@ -211,6 +212,94 @@ fn privileged_power_cuts() {
             cut_at(&mut rig, step);
         }
     }
+}
+
+/// A file system on a disk that promised more than it has, inside of a rig.
+struct Thin<'a> {
+    rig: &'a LoopRig,
+    top: PathBuf,
+}
+
+impl Thin<'_> {
+    fn new(rig: &LoopRig) -> Thin<'_> {
+        let (disk, top) = (rig.path().join("disk"), rig.path().join("thin"));
+        File::create(&disk).unwrap().set_len(1 << 30).unwrap();
+        fs::create_dir(&top).unwrap();
+        let run = |program: &str, args: &[&str]| {
+            assert!(Command::new(program).args(args).arg(&disk).status().unwrap().success(), "{program}");
+        };
+        run("mkfs.xfs", &["-q", "-K"]);
+        let mounted = Command::new("mount").args(["-o", "loop"]).args([&disk, &top]).status().unwrap();
+        assert!(mounted.success());
+        Thin { rig, top }
+    }
+
+    /// The disk takes nothing new.
+    fn exhaust(&self) {
+        let hog = File::create(self.rig.path().join("hog")).unwrap();
+        let block = vec![1; 1 << 20];
+        let mut at = 0;
+        while hog.write_all_at(&block, at).is_ok() {
+            at += block.len() as u64;
+        }
+        let _ = hog.sync_all();
+    }
+
+    fn relieve(&self) {
+        fs::remove_file(self.rig.path().join("hog")).unwrap();
+        rustix::fs::syncfs(File::open(self.rig.path()).unwrap()).unwrap();
+    }
+}
+
+impl Drop for Thin<'_> {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.rig.path().join("hog"));
+        let _ = rustix::mount::unmount(&self.top, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+/// What could not be written is told once, to whoever syncs first. It may be another's.
+#[test]
+fn privileged_nobody_publishes_after_a_sync_that_failed() {
+    let rig = rig(RigFs::Xfs, 400 << 20);
+    let thin = Thin::new(&rig);
+    let dir = thin.top.join(".pagefold");
+    let store = open(&dir);
+    let domain = store.ensure_domain("default").unwrap();
+    let (one, other) = (store.build(&domain), store.build(&domain));
+    let made = |build: &Build<'_>, hint: u64| {
+        let mut new = build.create_anchor().unwrap();
+        std::io::Write::write_all(&mut new.file, &[7; 8 << 20]).unwrap();
+        let row = AnchorRow {
+            serial: new.serial,
+            domain: domain.id,
+            size: 8 << 20,
+            signature: Some(signature(hint)),
+            content: None,
+            borrowed: None,
+            stamp: None,
+        };
+        Publication { anchors: vec![(new.finish().unwrap(), row)], ..Publication::default() }
+    };
+    let (first, second) = (made(&one, 1), made(&other, 2));
+    thin.exhaust();
+    let error = one.publish(&first).expect_err("nothing of it can be written").to_string();
+    thin.relieve();
+    assert!(error.contains("sync the file system"), "{error}");
+    // The kernel says that all is well now.
+    rustix::fs::syncfs(store.dirfd()).unwrap();
+    for (build, what) in [(&other, &second), (&one, &first)] {
+        let error = build.publish(what).expect_err("its bytes are lost").to_string();
+        assert!(error.contains("sync the file system"), "{error}");
+    }
+    drop((one, other));
+    drop(store);
+    let store = open(&dir);
+    let report = store.verify(&Task::default()).unwrap();
+    assert_eq!((&report.problems[..], report.anchors), (&[][..], 0));
+    let build = store.build(&domain);
+    build.publish(&made(&build, 3)).unwrap();
+    drop(build);
 }
 
 #[test]

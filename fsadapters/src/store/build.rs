@@ -107,10 +107,18 @@ impl Store {
     /// Makes all that was written to the store's file system so far durable. Publishing does it anyway and has the less to wait for then.
     ///
     /// # Errors
-    /// Something could not be written. The kernel tells that once: who gets it must not publish.
+    /// Something could not be written. The kernel tells that once, whoever asks, and not whose it was: it may be what another build is about
+    /// to publish. So nothing is published by this store any more; opened again, it drops what was not.
     pub fn sync(&self) -> Result<(), StoreError> {
-        rustix::io::retry_on_intr(|| rustix::fs::syncfs(&self.fd))
-            .map_err(|e| StoreError::io("sync the file system of", &self.dir, e))
+        let io = |e: Errno| StoreError::io("sync the file system of", &self.dir, e);
+        // Over the call: nobody is told "all is well" between the kernel's answer and its being noted.
+        let mut failed = locked(&self.sync_failed);
+        if *failed {
+            return Err(io(Errno::IO));
+        }
+        let result = rustix::io::retry_on_intr(|| rustix::fs::syncfs(&self.fd));
+        *failed = result.is_err();
+        result.map_err(io)
     }
 
     /// Starts to build in a domain.

@@ -47,6 +47,8 @@ pub struct Store {
     pub(super) reservation: Mutex<Reservation>,
     /// Held by who gives an image its name.
     pub(super) images: Mutex<()>,
+    /// What was written may be lost ([`Store::sync`]).
+    pub(super) sync_failed: Mutex<bool>,
     /// [`super::Build`]s under way.
     pub(super) builds: AtomicUsize,
     _lock: Lock,
@@ -130,6 +132,7 @@ impl Store {
             index,
             reservation: Mutex::default(),
             images: Mutex::default(),
+            sync_failed: Mutex::default(),
             builds: AtomicUsize::new(0),
             _lock: lock,
         };

@@ -37,7 +37,7 @@ pub(super) fn publish(build: &Build<'_>, publication: &Publication) -> Result<()
         let sync = scope.spawn(|| store.sync());
         store.index.write(|txn| {
             let rows = put_rows(build, txn, publication, &ended);
-            // Told first: the kernel tells it once.
+            // Told first: a row that is refused can be mended, what is lost can't.
             sync.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             rows?;
             step("store.publish.synced");

@@ -77,7 +77,7 @@ fn drop_orphaned_anchors(store: &Store) -> Result<(), StoreError> {
     if resisted {
         return Ok(());
     }
-    rustix::fs::syncfs(&store.fd).map_err(|e| StoreError::io("sync the file system of", &store.dir, e))?;
+    store.sync()?;
     store.index.write(|txn| {
         for (first, _) in &ranges {
             txn.remove(BUILDING, first)?;

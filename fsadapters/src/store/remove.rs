@@ -184,7 +184,7 @@ impl Store {
         }
         step("store.grave.unlinked");
         // Forgotten only when gone for good.
-        rustix::fs::syncfs(&self.fd).map_err(|e| StoreError::io("sync the file system of", &self.dir, e))?;
+        self.sync()?;
         self.index.write(|txn| {
             let mut table = txn.table(GRAVES)?;
             for grave in &graves {
