@@ -4,7 +4,7 @@
 //! Invariant: nothing is followed and nothing is crossed. Every name is opened relative to its directory with
 //! `RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS`, so a mount inside of a root, a nested btrfs subvolume or a link swapped in while we walk can't
 //! lead anywhere else; what a view could not show is a [`WalkError`] with its path, and the root has no [`Sketch`]. Pipes, sockets and devices are never opened but with
-//! `O_PATH`, also not one that takes a file's name at that moment ([`Regular`]). What it deliberately does not do: leave out what it could not read. A view must show all of a root; only
+//! `O_PATH`, nor is what takes a file's name before its turn comes. What it deliberately does not do: leave out what it could not read. A view must show all of a root; only
 //! what vanished is not there.
 //!
 //! A root may be written meanwhile. A directory whose change time moved while its files were looked at is listed and looked at once
@@ -19,13 +19,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
 use super::refuse::DEPTH_MAX;
 use super::tree::{Inode, Meta, RawFacts, Tree};
 use crate::reflink::ReflinkError;
-use crate::regular::Regular;
 use crate::scan::Progress;
 use crate::scan::queue::TaskStack;
 use crate::store::StoreError;
@@ -293,12 +292,12 @@ fn open_regular(
     name: &OsStr,
     give_up: impl Fn() -> bool,
 ) -> Result<Option<(OwnedFd, Stat)>, Errno> {
-    let Some(regular) = Regular::held(open_in(dir, name, OFlags::PATH)?)? else { return Ok(None) };
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK;
-    let open = || match regular.open(flags | OFlags::NOATIME) {
-        Err(Errno::PERM) => regular.open(flags),
-        other => other,
-    };
+    // `Regular` would be sure, and costs as much as opening does: what takes the name from here to the open, some microseconds, is opened.
+    let seen = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    if !is_regular(&seen) {
+        return Ok(None);
+    }
+    let open = || open_in(dir, name, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY);
     let mut left = LEASE_WAIT;
     loop {
         match open() {
@@ -307,9 +306,17 @@ fn open_regular(
                 std::thread::sleep(LEASE_PAUSE);
                 left = left.saturating_sub(LEASE_PAUSE);
             }
-            other => return other.map(|fd| Some((fd, regular.stat))),
+            Err(e) => return Err(e),
+            Ok(fd) => {
+                let stat = rustix::fs::fstat(&fd)?;
+                return Ok(is_regular(&stat).then_some((fd, stat)));
+            }
         }
     }
+}
+
+fn is_regular(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
 }
 
 /// How long whoever has a lease on a file is waited for. The kernel takes it away after `/proc/sys/fs/lease-break-time` (45 s): too
