@@ -251,7 +251,7 @@ enum Task {
 }
 
 /// A name and what the directory says it is.
-type Listed = (Box<[u8]>, rustix::fs::FileType);
+type Listed = (Box<[u8]>, FileType);
 
 /// A thing found in a directory.
 struct Child<F> {
@@ -295,7 +295,8 @@ fn open_regular(
     // `Regular` would be sure, and costs as much as opening does: what takes the name from here to the open, some microseconds, is opened.
     let seen = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
     if !is_regular(&seen) {
-        return Ok(None);
+        // Or mounted there, which is no file that is gone.
+        return open_in(dir, name, OFlags::PATH).map(|_| None);
     }
     let open = || open_in(dir, name, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY);
     let mut left = LEASE_WAIT;
