@@ -235,3 +235,16 @@ fn privileged_a_snapshot_has_an_empty_directory_for_each_subvolume() {
     done_at(home, "umount at --commit");
     assert_eq!(fs::read(rig.path("snapshot/var/file")).expect("there"), b"written");
 }
+
+/// An umask that takes from the owner, too, is no reason to make what nobody may read.
+#[test]
+fn privileged_an_umask_spoils_no_store() {
+    let rig = two_roots(RigFs::Xfs);
+    let sealed = Command::new("sh")
+        .args(["-c", "umask 0777; exec \"$0\" seal one two", env!("CARGO_BIN_EXE_pagefold")])
+        .current_dir(rig.rig.path())
+        .output()
+        .expect("sh starts");
+    assert!(sealed.status.success(), "{}", told(&sealed));
+    done_at(rig.rig.path(), "verify");
+}

@@ -34,11 +34,15 @@ pub(super) fn publish(build: &Build<'_>, publication: &Publication) -> Result<()
     let ended = if settled { std::mem::take(&mut *reservation).rows } else { Vec::new() };
     let result = std::thread::scope(|scope| {
         // All that is named is complete. The rows are made meanwhile, for they are nothing before their commit, which waits for this.
-        let sync = scope.spawn(|| store.sync());
+        let sync = std::thread::Builder::new().spawn_scoped(scope, || store.sync());
         store.index.write(|txn| {
             let rows = put_rows(build, txn, publication, &ended);
             // Told first: a row that is refused can be mended, what is lost can't.
-            sync.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            match sync {
+                Ok(sync) => sync.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
+                // No thread is to be had: one after the other.
+                Err(_) => store.sync()?,
+            }
             rows?;
             step("store.publish.synced");
             build.tried.store(true, Ordering::SeqCst);
