@@ -90,7 +90,7 @@ pub fn read(devices: &[Device], cancel: &AtomicBool) -> Mapped {
         if cancel.load(Ordering::Relaxed) {
             break;
         }
-        if read_process(process, devices, &mut mapped).is_err() {
+        if read_process(process, devices, cancel, &mut mapped).is_err() {
             mapped.unreadable.push(process);
         }
     }
@@ -98,7 +98,12 @@ pub fn read(devices: &[Device], cancel: &AtomicBool) -> Mapped {
 }
 
 /// A process that is gone is no error.
-fn read_process(process: u32, devices: &[Device], mapped: &mut Mapped) -> std::io::Result<()> {
+fn read_process(
+    process: u32,
+    devices: &[Device],
+    cancel: &AtomicBool,
+    mapped: &mut Mapped,
+) -> std::io::Result<()> {
     let gone = |e: &std::io::Error| {
         e.kind() == std::io::ErrorKind::NotFound
             || e.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
@@ -117,7 +122,7 @@ fn read_process(process: u32, devices: &[Device], mapped: &mut Mapped) -> std::i
     };
     for area in std::iter::once(first).chain(areas) {
         let frames = mapped.frames.entry((area.device, area.inode)).or_default();
-        match present_pages(&pagemap, &area, frames) {
+        match present_pages(&pagemap, &area, cancel, frames) {
             Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => return Err(e),
             // Gone.
             Err(_) => return Ok(()),
@@ -131,12 +136,17 @@ fn read_process(process: u32, devices: &[Device], mapped: &mut Mapped) -> std::i
     Ok(())
 }
 
-/// `EPERM` when frames are hidden from us.
-fn present_pages(pagemap: &File, area: &Area, frames: &mut FrameSet) -> std::io::Result<()> {
+/// `EPERM` when frames are hidden from us. A mapping may be as large as the address space.
+fn present_pages(
+    pagemap: &File,
+    area: &Area,
+    cancel: &AtomicBool,
+    frames: &mut FrameSet,
+) -> std::io::Result<()> {
     let page = rustix::param::page_size() as u64;
     let (mut at, end) = (area.start / page, area.end / page);
     let mut buffer = vec![0; ENTRIES * 8];
-    while at < end {
+    while at < end && !cancel.load(Ordering::Relaxed) {
         let count = (end - at).min(ENTRIES as u64);
         let part = &mut buffer[..count as usize * 8];
         pagemap.read_exact_at(part, at * 8)?;
