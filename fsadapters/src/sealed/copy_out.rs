@@ -17,9 +17,9 @@ use rustix::io::Errno;
 use super::commit::Anchors;
 use super::commit::bytes::{Bytes, Sources};
 use super::commit::error::{CommitError, at_path, is_fatal};
-use super::commit::inode::{Below, Held, Look, split};
 use super::commit::place::{Built, Keep, build_from};
 use super::commit::state::{self, Children, Kind, State, shown_path};
+use super::inode::{Below, Held, Look, split};
 use super::tree::{Meta, Tree};
 use crate::scan::Progress;
 
@@ -64,7 +64,7 @@ pub struct Copied {
 /// # Errors
 /// [`CommitError`] when it ended early: then `dest` holds a part. Paths that could not be copied are in the report.
 pub fn copy_out(subject: &Subject<'_>, dest: &Below, progress: &Progress) -> Result<Copied, CommitError> {
-    if !super::commit::inode::names(dest.as_fd()).map_err(|e| at_path("list", b"", e))?.is_empty() {
+    if !super::inode::names(dest.as_fd()).map_err(|e| at_path("list", b"", e))?.is_empty() {
         return Err(CommitError::Refused("the directory to export to is not empty".into()));
     }
     let children = Children::of(subject.sealed);

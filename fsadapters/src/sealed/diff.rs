@@ -12,7 +12,7 @@
 //! A regular file is a *stub*: sparse, of the true size, with an empty `trusted.overlay.metacopy` and a `trusted.overlay.redirect` to
 //! its anchor. Everything else is itself. Decisions:
 //!
-//! * Metadata is that of the raw inode, set in the one order that keeps it (`commit::inode::Held::apply`); directories get
+//! * Metadata is that of the raw inode, set in the one order that keeps it (`inode::Held::apply`); directories get
 //!   theirs when all below them is done. A root's own `trusted.overlay.*` is escaped, as in an upper.
 //! * Hard links of the layer are hard links. They are made in a directory beside it and linked from there: no path, however deep, is ever
 //!   walked again, and no descriptor is kept for each.

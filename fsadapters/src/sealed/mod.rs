@@ -27,6 +27,7 @@ pub mod heal;
 pub mod idmap;
 pub mod image;
 pub mod image_mount;
+pub mod inode;
 pub mod live;
 mod locate;
 pub mod mount;

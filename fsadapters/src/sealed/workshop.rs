@@ -12,7 +12,7 @@ use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
 use super::commit::CommitError;
-use super::commit::inode::names;
+use super::inode::names;
 use super::opened::call;
 
 /// Extended attribute that says whose it is.

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use pagefold_fsadapters::scan::Progress;
-use pagefold_fsadapters::sealed::commit::inode::names;
 use pagefold_fsadapters::sealed::commit::{self, Applied, Below, CommitError, OnConflict, Scene};
+use pagefold_fsadapters::sealed::inode::names;
 use pagefold_fsadapters::sealed::tree::{Data, Entry, EntryId, Inode, InodeIndex, Node, RawFacts, Tree};
 use pagefold_fsadapters::store::AnchorKey;
 use pagefold_fsadapters::store::manifest::{read_manifest, write_manifest};
@@ -206,7 +206,7 @@ fn sealed(raw: &Path) -> Tree {
         tree.entries.push(Entry { parent, name: name.into(), inode });
         if look.is_dir() {
             for name in names(below.dir(&path).unwrap().as_fd()).unwrap() {
-                let path = commit::inode::join(&path, &name);
+                let path = pagefold_fsadapters::sealed::inode::join(&path, &name);
                 queue.push_back((id, name.to_vec(), path));
             }
         }

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::inode::{Below, Held, Look, split};
 use crate::reflink::{ReflinkError, clone_file};
+use crate::sealed::inode::{Below, Held, Look, split};
 use crate::store::AnchorKey;
 
 /// Where a view has the bytes of a file.

@@ -14,7 +14,7 @@ use std::path::Path;
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::{Deserialize, Serialize};
 
-use super::inode::Look;
+use crate::sealed::inode::Look;
 use crate::sealed::tree::Meta;
 
 /// One line of the journal.

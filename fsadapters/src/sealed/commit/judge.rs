@@ -10,9 +10,9 @@ use std::os::fd::AsFd;
 use rustix::fs::OFlags;
 
 use super::bytes::{Sources, equal};
-use super::inode::{Held, Look};
 use super::journal::Journal;
 use super::state::Kind;
+use crate::sealed::inode::{Held, Look};
 use crate::sealed::prove::{UNDER_WAY_S, is_telling};
 use crate::sealed::tree::{Inode, Meta, Node};
 

@@ -19,7 +19,6 @@ use crate::sealed::tree::Tree;
 
 pub mod bytes;
 pub mod error;
-pub mod inode;
 mod journal;
 mod judge;
 pub(super) mod place;
@@ -27,10 +26,10 @@ mod plan;
 mod run;
 pub mod state;
 
+pub use crate::sealed::inode::Below;
 pub use bytes::Anchors;
 pub use error::CommitError;
 use error::at_path;
-pub use inode::Below;
 
 /// What is to happen where view and raw root both changed a path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

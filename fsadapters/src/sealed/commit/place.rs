@@ -15,9 +15,9 @@ use rustix::fs::{AtFlags, FileType, IFlags, Mode, OFlags, RenameFlags, XattrFlag
 use rustix::io::Errno;
 
 use super::bytes::{Sources, fill};
-use super::inode::{Below, Held, Look, join};
 use super::journal::{Journal, Record};
 use super::state::Kind;
+use crate::sealed::inode::{Below, Held, Look, join};
 use crate::sealed::tree::{Data, Meta, Node};
 
 /// Batches of up to so many temporaries are synced file by file, larger ones with the whole file system.
@@ -502,10 +502,10 @@ pub fn sweep(raw: &Below, journal: &Journal) -> io::Result<Vec<Vec<u8>>> {
         for path in dirs {
             let dir = match raw.dir(path) {
                 Ok(dir) => dir,
-                Err(e) if super::inode::is_absent(&e) => continue,
+                Err(e) if crate::sealed::inode::is_absent(&e) => continue,
                 Err(e) => return Err(e),
             };
-            for name in super::inode::names(dir.as_fd())? {
+            for name in crate::sealed::inode::names(dir.as_fd())? {
                 let number = name.strip_prefix(&*prefix).and_then(|n| std::str::from_utf8(n).ok());
                 let Some(number) = number.and_then(|n| u64::from_str_radix(n, 16).ok()) else { continue };
                 if !settle(dir.as_fd(), path, &name, journal.temps.get(&(*run, number)))? {
@@ -540,7 +540,7 @@ fn settle(
         };
     }
     let Some((target, built)) = record else { return Ok(false) };
-    let (parent, name) = super::inode::split(target);
+    let (parent, name) = crate::sealed::inode::split(target);
     if parent != path {
         return Ok(false);
     }

@@ -74,7 +74,7 @@ impl Plan {
         let mut dirs = FxHashSet::default();
         let mut paths = Vec::new();
         let mut add = |path: Vec<u8>| {
-            dirs.insert(super::inode::split(&path).0.to_vec());
+            dirs.insert(crate::sealed::inode::split(&path).0.to_vec());
             paths.push(path);
         };
         for &inode in &self.inodes {

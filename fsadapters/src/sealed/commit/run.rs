@@ -20,7 +20,6 @@ use rustix::io::Errno;
 
 use super::bytes::Sources;
 use super::error::{CommitError, at_path, is_fatal};
-use super::inode::{Below, Held, Look, split};
 use super::journal::{Journal, meta_digest};
 use super::judge::{Judge, Verdict};
 use super::place::{Keep, Outcome, Placer, Temp};
@@ -28,6 +27,7 @@ use super::plan::Plan;
 use super::state::{State, shown_path};
 use super::{Applied, Conflict, OnConflict};
 use crate::scan::Progress;
+use crate::sealed::inode::{Below, Held, Look, split};
 use crate::sealed::tree::{Inode, Meta, Node, Tree};
 use crate::store::step;
 
@@ -415,7 +415,7 @@ impl Run<'_> {
         let (parent, name) = split(path);
         let dir = match self.raw.dir(parent) {
             Ok(dir) => dir,
-            Err(e) if super::inode::is_absent(&e) => return Ok(()),
+            Err(e) if crate::sealed::inode::is_absent(&e) => return Ok(()),
             Err(e) => return Err(e),
         };
         let Some(held) = Held::open(dir.as_fd(), name)? else { return Ok(()) };

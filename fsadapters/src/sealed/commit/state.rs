@@ -18,8 +18,8 @@ use rustc_hash::FxHashMap;
 
 use super::bytes::Bytes;
 use super::error::{CommitError, at_path, is_fatal};
-use super::inode::{Below, Held, Look, join, names};
 use crate::scan::Progress;
+use crate::sealed::inode::{Below, Held, Look, join, names};
 use crate::sealed::tree::{Data, EntryId, InodeIndex, Meta, Node, Tree};
 
 /// A name in a view.

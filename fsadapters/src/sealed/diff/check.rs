@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::{Plan, Visit, stored, walk};
-use crate::sealed::commit::inode::{join, names};
+use crate::sealed::inode::{join, names};
 use crate::sealed::tree::{EntryId, Inode, InodeIndex, Meta, Node, Xattr};
 use crate::sealed::xattrs::XattrBuffer;
 

@@ -13,8 +13,8 @@ use rustix::io::Errno;
 use super::check::{Looker, is_whiteout};
 use super::{DIFF, DIR_FLAGS, DiffError, LINKS, Plan, Visit, stored, walk};
 use crate::scan::Progress;
-use crate::sealed::commit::inode::{Held, apply_open, names};
 use crate::sealed::commit::place;
+use crate::sealed::inode::{Held, apply_open, names};
 use crate::sealed::tree::{EntryId, Inode, InodeIndex, Node};
 
 /// Makes all of `plan` in `root_dir`.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
-use crate::sealed::commit::inode::Held;
+use crate::sealed::inode::Held;
 use crate::sealed::tree::Node;
 
 /// What the upper has at a path.

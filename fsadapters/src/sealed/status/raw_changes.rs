@@ -13,7 +13,7 @@ use rustix::fs::{AtFlags, StatxFlags};
 use serde::Serialize;
 
 use crate::scan::as_texts;
-use crate::sealed::commit::inode::{dir_below, split};
+use crate::sealed::inode::{dir_below, split};
 use crate::sealed::tree::{EntryId, Inode, Node, Tree};
 
 /// Paths kept as examples.

@@ -15,7 +15,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use crate::overlay::OriginHandle;
-use crate::sealed::commit::inode::{Below, is_absent, join, names};
+use crate::sealed::inode::{Below, is_absent, join, names};
 
 /// The contents of an upper.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
