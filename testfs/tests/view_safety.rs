@@ -99,7 +99,7 @@ fn privileged_a_lost_whiteout_brings_nothing_back() {
     assert_eq!(store.verify(&Task::default()).unwrap().problem_count, 0);
     let view = home.mount(&store, &rows[0], "vb");
     assert!(!view.join("file3").exists() && view.join("file4").exists());
-    umount_view(&store, &view).unwrap();
+    home.umount(&store, &view);
 }
 
 #[test]

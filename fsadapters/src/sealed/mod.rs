@@ -42,6 +42,7 @@ pub mod report;
 pub mod seal;
 pub mod status;
 pub mod tree;
+mod unmount;
 pub mod unseal;
 pub mod upper;
 pub mod users;

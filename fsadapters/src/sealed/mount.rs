@@ -17,7 +17,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Mode, OFlags, StatVfsMountFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountAttrFlags, MoveMountFlags, UnmountFlags, move_mount, unmount};
+use rustix::mount::{MountAttrFlags, MoveMountFlags, move_mount};
 
 use super::assemble::{Handover, Layers, SOURCE, overlay, overlay_with};
 use super::commit::{self, Past};
@@ -26,6 +26,7 @@ use super::idmap::{IdMaps, Mapped};
 use super::live::{ProbeError, UpperState, probe};
 use super::opened::journal_of;
 use super::raw::open_named_root;
+use super::unmount::{holders, settled_state, unmount_at};
 use super::upper::{self, Discarded, UPPER, WORK};
 use super::users::{self, Watched};
 use super::view_error::{Busy, ViewError, failed};
@@ -494,49 +495,12 @@ pub fn umount_view(store: &Store, target: &Path) -> Result<Unmounted, ViewError>
         let root = store.root(row.root)?;
         let state = settled_state(store, &root)?;
         if let (UpperState::Live, Some(device)) = (state, device) {
-            done.holders = holders(&device, &done.target);
+            done.holders = holders(&device);
         }
         done.state = Some(state);
         release_images(store)?;
     }
     Ok(done)
-}
-
-/// What the upper is doing once those had time to go who hold it for a moment only: a process that is just being started has copies
-/// of all descriptors until it executes its program.
-fn settled_state(store: &Store, row: &RootRow) -> Result<UpperState, ProbeError> {
-    const TRIES: u32 = 20;
-    const PAUSE: std::time::Duration = std::time::Duration::from_millis(5);
-    let mut state = probe_upper(store, row)?;
-    for _ in 0..TRIES {
-        if state == UpperState::Free {
-            break;
-        }
-        std::thread::sleep(PAUSE);
-        state = probe_upper(store, row)?;
-    }
-    Ok(state)
-}
-
-/// Unmounts and gives the view's root directory as it was known, for the search for its holders.
-fn unmount_at(target: &Path, mounts: &[Mount]) -> Result<Watched, ViewError> {
-    let stat = rustix::fs::stat(target).map_err(failed("look at", target))?;
-    let device = Watched { path: target.into(), dev: stat.st_dev, ino: stat.st_ino, whole_device: true };
-    match unmount(target, UnmountFlags::NOFOLLOW) {
-        Ok(()) => Ok(device),
-        Err(Errno::BUSY) => {
-            let below = |m: &&Mount| m.mount_point != target && m.mount_point.starts_with(target);
-            let mounts = mounts.iter().filter(below).map(|m| m.mount_point.clone()).collect();
-            let users = users::find(&[device], &|_| None).unwrap_or_default();
-            Err(ViewError::Busy(Busy { target: target.into(), users, mounts }))
-        }
-        Err(e) => Err(failed("unmount", target)(e)),
-    }
-}
-
-fn holders(device: &Watched, _target: &Path) -> Vec<String> {
-    let found = users::find(std::slice::from_ref(device), &|_| None).unwrap_or_default();
-    found.iter().map(ToString::to_string).collect()
 }
 
 /// The view of `row`, read-only and attached nowhere: what commit and export read. While the descriptor is held nobody can mount the
