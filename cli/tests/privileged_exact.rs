@@ -95,7 +95,7 @@ impl Case {
     }
 
     /// The scan equals what the manifest says, and leaves the cache as it was.
-    fn check_extents(&mut self, what: &str) {
+    fn check_extents(&mut self, what: &str) -> Result<(), String> {
         let roots = self.roots();
         let truth = &mut self.by_provenance;
         for _ in 0..TRIES {
@@ -131,7 +131,7 @@ impl Case {
                 let (now, then) = (truth.expected().totals.resident_bytes, expected.totals.resident_bytes);
                 let allowed = expected.totals.cache_bytes.saturating_sub(then) / 50;
                 assert!(now <= then + allowed, "{what}: reading brought {} bytes into the cache", now - then);
-                return compare(&report, &roots, &expected, what);
+                return compare(&report, &roots, &expected, what).unwrap_or_else(|wrong| panic!("{wrong}"));
             }
         }
         panic!("{what}: cached pages were lost each time while contents were read");
@@ -167,7 +167,7 @@ fn scan(roots: &[PathBuf], extra: &[&str]) -> Value {
 }
 
 /// Compares every figure and names all that differ.
-fn compare(report: &Value, roots: &[PathBuf], expected: &Expected, what: &str) {
+fn compare(report: &Value, roots: &[PathBuf], expected: &Expected, what: &str) -> Result<(), String> {
     let mut wrong = Vec::new();
     let mut check = |place: String, found: &Value, wanted: Value| {
         if *found != wanted {
@@ -203,7 +203,10 @@ fn compare(report: &Value, roots: &[PathBuf], expected: &Expected, what: &str) {
         &report["roots"].as_array().map_or(0, Vec::len).into(),
         expected.roots.len().into(),
     );
-    assert!(wrong.is_empty(), "{what}: {} figures differ:\n{}", wrong.len(), wrong.join("\n"));
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    Err(format!("{what}: {} figures differ:\n{}", wrong.len(), wrong.join("\n")))
 }
 
 /// Cached pages of all files as fincore(1) counts them.
@@ -226,15 +229,28 @@ fn fincore_pages(truth: &Truth) -> u64 {
 }
 
 fn exact_extents(fs: RigFs, snapshots: bool, seed: u64) {
-    let mut case = case(fs, snapshots, seed);
+    // What btrfs compresses depends on where its write-outs begin (`truth::provenance`), and whatever makes the kernel write while the
+    // farm is made begins another. Then with another farm; a scan that is wrong is wrong with each.
+    let farms = if fs == RigFs::BtrfsZstd { 3 } else { 1 };
+    let mut wrong = Vec::new();
+    while wrong.len() < farms {
+        match exact_extents_of(case(fs, snapshots, seed), fs, snapshots, seed) {
+            Ok(()) => return,
+            Err(why) => wrong.push(why),
+        }
+    }
+    panic!("{}", wrong.join("\n"));
+}
+
+fn exact_extents_of(mut case: Case, fs: RigFs, snapshots: bool, seed: u64) -> Result<(), String> {
     let what = format!("{fs:?}, snapshots {snapshots}, seed {seed}, extents");
-    case.check_extents(&format!("{what}, cold"));
+    case.check_extents(&format!("{what}, cold"))?;
     for _ in 0..TRIES {
         case.read_some(seed);
-        case.check_extents(&format!("{what}, partly cached"));
+        case.check_extents(&format!("{what}, partly cached"))?;
         let totals = case.by_provenance.expected().totals;
         if totals.resident_duplicate_bytes > 0 && totals.resident_bytes < totals.cache_bytes {
-            return;
+            return Ok(());
         }
     }
     panic!("{what}: what was read did not stay in the cache");
@@ -317,7 +333,8 @@ fn exact_within_domains(content: bool) {
         let report = scan(&roots, &extra);
         truth.look_at_cache().expect("readable");
         if keeps_all(&before, truth) {
-            return compare(&report, &roots, &before.expected(), "domains");
+            return compare(&report, &roots, &before.expected(), "domains")
+                .unwrap_or_else(|wrong| panic!("{wrong}"));
         }
     }
     panic!("domains: cached pages were lost each time");
@@ -350,7 +367,7 @@ fn privileged_exact_for_an_image_from_a_directory() {
     let image = ImageSpec::Dir(Path::new(env!("CARGO_MANIFEST_DIR")).to_owned());
     let mut case = case_of(RigFs::Xfs, false, 18, image);
     case.read_some(18);
-    case.check_extents("directory image, extents");
+    case.check_extents("directory image, extents").unwrap_or_else(|wrong| panic!("{wrong}"));
     case.check_content("directory image, content");
 }
 
