@@ -111,7 +111,7 @@ impl Case {
                     counted * PAGE,
                     "{what}: mincore and fincore disagree"
                 );
-                return compare(&report, &roots, &expected, what);
+                return differences(&report, &roots, &expected, what);
             }
         }
         panic!("{what}: what is cached changed each time while extents were scanned");
@@ -131,7 +131,7 @@ impl Case {
                 let (now, then) = (truth.expected().totals.resident_bytes, expected.totals.resident_bytes);
                 let allowed = expected.totals.cache_bytes.saturating_sub(then) / 50;
                 assert!(now <= then + allowed, "{what}: reading brought {} bytes into the cache", now - then);
-                return compare(&report, &roots, &expected, what).unwrap_or_else(|wrong| panic!("{wrong}"));
+                return compare(&report, &roots, &expected, what);
             }
         }
         panic!("{what}: cached pages were lost each time while contents were read");
@@ -167,7 +167,7 @@ fn scan(roots: &[PathBuf], extra: &[&str]) -> Value {
 }
 
 /// Compares every figure and names all that differ.
-fn compare(report: &Value, roots: &[PathBuf], expected: &Expected, what: &str) -> Result<(), String> {
+fn differences(report: &Value, roots: &[PathBuf], expected: &Expected, what: &str) -> Result<(), String> {
     let mut wrong = Vec::new();
     let mut check = |place: String, found: &Value, wanted: Value| {
         if *found != wanted {
@@ -207,6 +207,10 @@ fn compare(report: &Value, roots: &[PathBuf], expected: &Expected, what: &str) -
         return Ok(());
     }
     Err(format!("{what}: {} figures differ:\n{}", wrong.len(), wrong.join("\n")))
+}
+
+fn compare(report: &Value, roots: &[PathBuf], expected: &Expected, what: &str) {
+    differences(report, roots, expected, what).unwrap_or_else(|wrong| panic!("{wrong}"));
 }
 
 /// Cached pages of all files as fincore(1) counts them.
@@ -333,8 +337,7 @@ fn exact_within_domains(content: bool) {
         let report = scan(&roots, &extra);
         truth.look_at_cache().expect("readable");
         if keeps_all(&before, truth) {
-            return compare(&report, &roots, &before.expected(), "domains")
-                .unwrap_or_else(|wrong| panic!("{wrong}"));
+            return compare(&report, &roots, &before.expected(), "domains");
         }
     }
     panic!("domains: cached pages were lost each time");
