@@ -17,7 +17,7 @@ demo="$compiler mkfs.xfs:xfsprogs mount:mount losetup:mount"
 test="$demo mkfs.btrfs:btrfs-progs btrfs:btrfs-progs mkfs.ext4:e2fsprogs fincore:util-linux-extra setpriv:util-linux"
 # What views are root file systems for, and what runs in them.
 test="$test busybox:busybox-static runc:runc crun:crun podman:podman systemd-nspawn:systemd-container"
-test="$test mmdebstrap:mmdebstrap setfacl:acl setfattr:attr setcap:libcap2-bin chroot:coreutils unshare:util-linux"
+test="$test perl:perl-base mmdebstrap:mmdebstrap setfacl:acl setfattr:attr setcap:libcap2-bin chroot:coreutils unshare:util-linux"
 # program:version of crates that are programs: test suites
 crates="pjdfstest:0.2.2 fsx:0.3.2"
 
